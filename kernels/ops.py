@@ -1,0 +1,166 @@
+"""The device seam: every operation a model needs, as one Protocol. Chosen once per rank in `kernels/select.py`.
+
+Shape letters, used here and wherever tensors meet:
+    T  tokens of this step, all sequences one after the other     S  sequences of this step
+    R  rows that sample (at most one a sequence today)            V  vocabulary
+    D  hidden                                                      F  MLP columns
+    H  query heads     K  key/value heads     E  head dim          L  logprobs asked for, at most
+    N  pages (KV blocks) of the whole cache   B  slots in a page   P  pages in a block-table row
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, device
+
+
+class Activation(Enum):
+    """The non-linearity of an MLP; values are the names in `config.json`."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_pytorch_tanh"
+    RELU = "relu"
+
+
+class KVLayer(NamedTuple):
+    """One layer's paged cache. A token lives at `page = slot // B`, `offset = slot % B`."""
+
+    k_NKBE: Tensor
+    v_NKBE: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What one layer's attention computes, constant over steps.
+
+    scale: multiplies q.k before the softmax.
+    window: a token sees itself and the `window - 1` tokens before it; None: all before it.
+    softcap: logits become `softcap * tanh(logits / softcap)`; None: unchanged.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Which tokens attend to which pages in this step. Integers are int32 on the device; the rest is for the host.
+
+    Sequences with one new token come first (`num_decodes` of them), then those with more: a mixed step runs the
+    decode kernel over the first part and the prefill kernel over the second. The new tokens' keys and values are
+    already in the cache. Token j of a sequence with `q` new tokens and `kv` in all stands at `kv - q + j`.
+    Rows of the block table are valid for `ceil(kv / B)` entries; what lies beyond is any valid page number.
+    """
+
+    query_start_S1: Tensor  # [S + 1] first token of each sequence, and T at the end
+    kv_lens_S: Tensor  # [S] tokens of each sequence in the cache, this step's included
+    block_table_SP: Tensor  # [S, P]
+    num_decodes: int
+    max_query_len: int
+    max_kv_len: int
+    query_lens: tuple[int, ...]  # host copies, so that plain-torch paths need no sync
+    kv_lens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How each row samples. All tensors are on the device.
+
+    temperature 0 means greedy; top_k 0, top_p 1 and min_p 0 mean off. Seeds and positions feed the counter-based noise:
+    a row's token is a pure function of (logits, seed, position). The host-side flags say what no row uses, so that
+    whole passes are left out; they never change a row's result.
+    """
+
+    temperature_R: Tensor  # float32
+    top_k_R: Tensor  # int32
+    top_p_R: Tensor  # float32
+    min_p_R: Tensor  # float32
+    seed_R: Tensor  # int64, any value
+    position_R: Tensor  # int64, of the token that is being drawn, from the start of the prompt
+    all_greedy: bool
+    any_top_k: bool
+    any_top_p: bool
+    any_min_p: bool
+
+
+class Logprobs(NamedTuple):
+    """Natural-log probabilities of the raw distribution (before temperature, penalties and masks)."""
+
+    chosen_R: Tensor  # float32, of the row's token
+    rank_R: Tensor  # int64, 1 for the most likely token
+    top_ids_RL: Tensor  # int64, most likely first
+    top_logprobs_RL: Tensor  # float32
+
+
+class Ops(Protocol):
+    """Operations on one device. Arguments marked in-place are overwritten; everything else is fresh or a view.
+
+    Reductions are taken in float32 whatever the storage dtype. Weights of norms are float32.
+    No method waits for the device.
+    """
+
+    device: device
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
+        """`x / rms(x) * weight` over the last dim. Also used per head, on [T, H, E] with a weight of [E]."""
+        ...
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
+        """`residual += x` in place, then the RMS norm of the sum."""
+        ...
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float) -> Tensor:
+        """`(x - mean) / std * weight + bias` over the last dim."""
+        ...
+
+    def add_layer_norm(
+        self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float
+    ) -> Tensor:
+        """`residual += x` in place, then the layer norm of the sum."""
+        ...
+
+    def rope(self, q_THE: Tensor, k_TKE: Tensor, positions_T: Tensor, cos_sin_MC: Tensor, *, interleaved: bool) -> None:
+        """Rotate the first C dims of every head of q and k, in place (rotary embedding, arXiv:2104.09864).
+
+        cos_sin_MC: [positions, C] float32, C/2 cosines then C/2 sines. Pairs are (i, i + C/2), or (2i, 2i + 1) if
+        `interleaved`. q and k may be strided views (of a fused QKV output) with the last dim contiguous.
+        """
+        ...
+
+    def gated_activation(self, gate_up_T2F: Tensor, activation: Activation) -> Tensor:
+        """`act(gate) * up` where gate is the first F columns and up the last: [T, F]."""
+        ...
+
+    def activation(self, x_TF: Tensor, activation: Activation) -> Tensor:
+        """The non-linearity alone (MLPs without a gate)."""
+        ...
+
+    def write_kv(self, k_TKE: Tensor, v_TKE: Tensor, cache: KVLayer, slots_T: Tensor) -> None:
+        """Store this step's keys and values at their slots (int64; no slot twice), in place in the cache.
+
+        A slot of -1 stores nothing: padding rows of a captured graph.
+        """
+        ...
+
+    def attention(self, q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec) -> Tensor:
+        """Causal attention of this step's tokens over their sequences' pages: [T, H, E] in q's dtype.
+
+        H is a multiple of K (grouped queries): query head h reads key/value head h // (H / K).
+        """
+        ...
+
+    def sample(self, logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
+        """One token id a row, int64; -1 where the row holds a NaN or +inf, or no token is left.
+
+        logits / temperature, then min-p, top-k and top-p as the common engines define them (each looks at what the
+        former left), then `argmax(logits / temperature + gumbel(seed, position, id))`: see `kernels/noise.py`.
+        Ties at a top-k or top-p border are all kept, so the result does not depend on an order of sorting.
+        """
+        ...
+
+    def logprobs(self, logits_RV: Tensor, tokens_R: Tensor, num: int) -> Logprobs:
+        """Log-probabilities of the given tokens and of the `num` most likely ones (num may be 0)."""
+        ...

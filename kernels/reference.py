@@ -1,0 +1,208 @@
+"""`ReferenceOps`: every operation of `ops.py` in the plainest torch there is. The oracle of all kernel tests.
+
+Nothing here is fast. Everything is computed in float32 and rounded once, at the end. It runs on any device, in which
+case it may wait for it: only the other implementations keep the promise of never doing so.
+
+The steps of sampling and attention are functions of their own, so that an implementation can replace one and keep the
+rest.
+"""
+
+import torch
+from torch import Tensor, device
+from torch.nn import functional
+
+from . import noise
+from .ops import Activation, AttentionBatch, AttentionSpec, KVLayer, Logprobs, SamplingBatch
+
+
+class ReferenceOps:
+    """`Ops` in plain torch."""
+
+    def __init__(self, on: device) -> None:
+        self.device = on
+
+    # Norms
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
+        x = x_TD.float()
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D.float()).to(x_TD.dtype)
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
+        residual_TD.add_(x_TD)
+        return self.rms_norm(residual_TD, weight_D, eps=eps)
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float) -> Tensor:
+        x = x_TD.float()
+        x = x - x.mean(-1, keepdim=True)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D.float()
+        return (y if bias_D is None else y + bias_D.float()).to(x_TD.dtype)
+
+    def add_layer_norm(
+        self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float
+    ) -> Tensor:
+        residual_TD.add_(x_TD)
+        return self.layer_norm(residual_TD, weight_D, bias_D, eps=eps)
+
+    # Rotary embedding
+
+    def rope(self, q_THE: Tensor, k_TKE: Tensor, positions_T: Tensor, cos_sin_MC: Tensor, *, interleaved: bool) -> None:
+        dims = cos_sin_MC.shape[1]
+        cos_T1c, sin_T1c = cos_sin_MC[positions_T.long()].float()[:, None, :].chunk(2, dim=-1)
+        for x in (q_THE, k_TKE):
+            first, second = _pairs(x[..., :dims], interleaved=interleaved)
+            a, b = first.float(), second.float()
+            # Both before either is stored: in float32, a and b are views of x itself.
+            rotated_a, rotated_b = a * cos_T1c - b * sin_T1c, b * cos_T1c + a * sin_T1c
+            first.copy_(rotated_a)
+            second.copy_(rotated_b)
+
+    # MLP
+
+    def gated_activation(self, gate_up_T2F: Tensor, activation: Activation) -> Tensor:
+        gate, up = gate_up_T2F.float().chunk(2, dim=-1)
+        return (apply_activation(gate, activation) * up).to(gate_up_T2F.dtype)
+
+    def activation(self, x_TF: Tensor, activation: Activation) -> Tensor:
+        return apply_activation(x_TF.float(), activation).to(x_TF.dtype)
+
+    # Paged cache and attention
+
+    def write_kv(self, k_TKE: Tensor, v_TKE: Tensor, cache: KVLayer, slots_T: Tensor) -> None:
+        page_size = cache.k_NKBE.shape[2]
+        stored = slots_T >= 0
+        slots = slots_T[stored].long()
+        pages, offsets = slots // page_size, slots % page_size
+        # Two index tensors around a slice put the indexed dim first: [stored, K, E], as k and v are.
+        cache.k_NKBE[pages, :, offsets] = k_TKE[stored].to(cache.k_NKBE.dtype)
+        cache.v_NKBE[pages, :, offsets] = v_TKE[stored].to(cache.v_NKBE.dtype)
+
+    def attention(self, q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec) -> Tensor:
+        out_THE = torch.zeros(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
+        start = 0
+        for row_P, query_len, kv_len in zip(batch.block_table_SP, batch.query_lens, batch.kv_lens, strict=True):
+            end = start + query_len
+            if query_len and kv_len:  # a padding row of a captured graph has no tokens: zeros
+                keys_KnE, values_KnE = gather_pages(cache, row_P, kv_len)
+                out_THE[start:end] = attend(q_THE[start:end], keys_KnE, values_KnE, spec).to(q_THE.dtype)
+            start = end
+        return out_THE
+
+    # Sampling
+
+    def sample(self, logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
+        logits = logits_RV.float()
+        scores = logits
+        if not sampling.all_greedy:
+            drawn = self.filter(scale_by_temperature(logits, sampling.temperature_R), sampling)
+            keys = noise.row_keys(sampling.seed_R, sampling.position_R)
+            ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+            drawn = drawn + noise.gumbel(*keys, ids)
+            scores = torch.where(sampling.temperature_R[:, None] > 0, drawn, logits)
+        return scores.argmax(dim=-1).masked_fill(unusable_rows(logits), -1)
+
+    def filter(self, scaled_RV: Tensor, sampling: SamplingBatch) -> Tensor:
+        """Logits with -inf for the tokens that min-p, top-k and top-p leave out, one after the other."""
+        if sampling.any_min_p:
+            scaled_RV = filter_min_p(scaled_RV, sampling.min_p_R)
+        if sampling.any_top_k:
+            scaled_RV = filter_top_k(scaled_RV, sampling.top_k_R)
+        if sampling.any_top_p:
+            scaled_RV = filter_top_p(scaled_RV, sampling.top_p_R)
+        return scaled_RV
+
+    def logprobs(self, logits_RV: Tensor, tokens_R: Tensor, num: int) -> Logprobs:
+        logprobs_RV = torch.log_softmax(logits_RV.float(), dim=-1)
+        # A row that could not be sampled has token -1; what it gets here means nothing, but must not fault.
+        chosen_R1 = logprobs_RV.gather(1, tokens_R.clamp(min=0)[:, None])
+        rank_R = 1 + (logprobs_RV > chosen_R1).sum(dim=-1)
+        top = logprobs_RV.topk(min(num, logits_RV.shape[1]), dim=-1)
+        return Logprobs(chosen_R1[:, 0], rank_R, top.indices, top.values)
+
+
+def _pairs(x: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and second members of the rotated pairs."""
+    half = x.shape[-1] // 2
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+
+
+def apply_activation(x: Tensor, activation: Activation) -> Tensor:
+    """The non-linearity in x's own dtype."""
+    match activation:
+        case Activation.SILU:
+            return functional.silu(x)
+        case Activation.GELU:
+            return functional.gelu(x)
+        case Activation.GELU_TANH:
+            return functional.gelu(x, approximate="tanh")
+        case Activation.RELU:
+            return functional.relu(x)
+
+
+def gather_pages(cache: KVLayer, block_row_P: Tensor, kv_len: int) -> tuple[Tensor, Tensor]:
+    """The first `kv_len` keys and values of a sequence, in order: [K, kv_len, E] each, in the cache's dtype."""
+    page_size = cache.k_NKBE.shape[2]
+    pages = block_row_P[: -(-kv_len // page_size)].long()
+
+    def in_order(paged_NKBE: Tensor) -> Tensor:
+        return paged_NKBE[pages].transpose(0, 1).flatten(1, 2)[:, :kv_len]
+
+    return in_order(cache.k_NKBE), in_order(cache.v_NKBE)
+
+
+def attend(q_QHE: Tensor, k_KnE: Tensor, v_KnE: Tensor, spec: AttentionSpec) -> Tensor:
+    """Attention of the last Q of n tokens over all n: [Q, H, E] in float32."""
+    num_queries, heads = q_QHE.shape[:2]
+    kv_heads, num_keys = k_KnE.shape[:2]
+    k_HnE = k_KnE.float().repeat_interleave(heads // kv_heads, dim=0)
+    v_HnE = v_KnE.float().repeat_interleave(heads // kv_heads, dim=0)
+    logits_HQn = q_QHE.float().transpose(0, 1) @ k_HnE.transpose(1, 2) * spec.scale
+    if spec.softcap is not None:
+        logits_HQn = spec.softcap * torch.tanh(logits_HQn / spec.softcap)
+    visible_Qn = visible_keys(num_queries, num_keys, spec.window, q_QHE.device)
+    weights_HQn = logits_HQn.masked_fill(~visible_Qn, float("-inf")).softmax(dim=-1)
+    return (weights_HQn @ v_HnE).transpose(0, 1)
+
+
+def visible_keys(num_queries: int, num_keys: int, window: int | None, on: device) -> Tensor:
+    """[Q, n], true where the query (the last Q tokens of n) sees the key."""
+    keys = torch.arange(num_keys, device=on)
+    queries = keys[num_keys - num_queries :, None]
+    visible = keys <= queries
+    return visible if window is None else visible & (keys > queries - window)
+
+
+def unusable_rows(logits_RV: Tensor) -> Tensor:
+    """[R], true where a row holds a NaN or +inf, or nothing but -inf: its maximum is not finite (max keeps NaN)."""
+    return ~logits_RV.amax(dim=-1).isfinite()
+
+
+def scale_by_temperature(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
+    """logits / temperature; greedy rows (temperature 0) stay as they are."""
+    return logits_RV / torch.where(temperature_R > 0, temperature_R, 1.0)[:, None]
+
+
+def filter_min_p(logits_RV: Tensor, min_p_R: Tensor) -> Tensor:
+    """Keep the tokens at least `min_p` times as likely as the likeliest (arXiv:2407.01082)."""
+    threshold_R1 = logits_RV.amax(dim=-1, keepdim=True) + torch.log(min_p_R)[:, None]
+    return logits_RV.masked_fill(logits_RV < threshold_R1, float("-inf"))
+
+
+def filter_top_k(logits_RV: Tensor, top_k_R: Tensor) -> Tensor:
+    """Keep the k likeliest tokens and all that equal the k-th; 0 keeps all."""
+    vocab = logits_RV.shape[1]
+    kept_R1 = torch.where(top_k_R > 0, top_k_R, vocab).clamp(max=vocab).long()[:, None]
+    threshold_R1 = logits_RV.sort(dim=-1, descending=True).values.gather(1, kept_R1 - 1)
+    return logits_RV.masked_fill(logits_RV < threshold_R1, float("-inf"))
+
+
+def filter_top_p(logits_RV: Tensor, top_p_R: Tensor) -> Tensor:
+    """Keep the fewest likeliest tokens whose mass reaches `top_p`, and all that equal the last (arXiv:1904.09751).
+
+    At least one token is kept; 1 (or more) keeps all.
+    """
+    sorted_RV = logits_RV.sort(dim=-1, descending=True).values
+    probabilities_RV = sorted_RV.double().softmax(dim=-1)
+    mass_before_RV = probabilities_RV.cumsum(dim=-1) - probabilities_RV
+    kept_R1 = (mass_before_RV < top_p_R[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
+    threshold_R1 = sorted_RV.gather(1, kept_R1 - 1)
+    return logits_RV.masked_fill((logits_RV < threshold_R1) & (top_p_R[:, None] < 1), float("-inf"))

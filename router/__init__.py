@@ -1,0 +1,1 @@
+"""What clients meet: the OpenAI API, admission, the response cache, balancing, resume."""

@@ -1,0 +1,37 @@
+"""What one engine is told: a frozen value, read once when it is built."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EngineConfig(BaseModel):
+    """One replica's engine. Field names are the flags' (`--max-model-len`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="A folder, a hub id already in the local cache, or a .gguf file.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of activations and unquantised weights; auto: the checkpoint's (bfloat16 for GGUF)."
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: cuda where there is one, else cpu.")
+    max_model_len: int | None = Field(
+        None, ge=8, description="Longest prompt + output, in tokens; default: the model's own."
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer.")
+    pipeline_parallel_size: int = Field(1, ge=1, description="Stages the layers are cut into.")
+    block_size: int = Field(16, ge=16, le=256, description="Tokens in a KV block (a page); a power of two.")
+    kv_cache_memory_gb: float | None = Field(
+        None, gt=0, description="GiB for KV blocks; default: the rest of gpu_memory_utilization, or 2 on a CPU."
+    )
+    gpu_memory_utilization: float = Field(0.90, gt=0, le=1, description="Share of the GPU's memory the engine may use.")
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="Sequences that run at once.")
+    max_num_batched_tokens: int = Field(2048, ge=16, description="Token budget of one step.")
+    max_queued: int = Field(1024, ge=0, description="Generations that may wait; more are refused with 429.")
+    enable_prefix_caching: bool = Field(True, description="Share KV blocks between requests with equal prefixes.")
+    scheduling_policy: Literal["fcfs", "priority"] = Field("fcfs", description="Who is next, who is preempted.")
+    deterministic: bool = Field(
+        False, description="One reduction order for every batch size: continuations equal the undisturbed run."
+    )
+    num_threads: int | None = Field(None, ge=1, description="CPU threads a rank; default: cores / ranks on the node.")
+    seed: int | None = Field(None, description="Seeds the seeds of requests that bring none; default: entropy.")
