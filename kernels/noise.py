@@ -4,8 +4,8 @@ The same integers come out of the plain-torch form here and of the Triton kernel
 batch, so a draw can be repeated by any rank that knows (seed, position). Sampling from a softmax by adding Gumbel noise
 and taking the argmax: Gumbel 1954; Maddison et al., arXiv:1411.0030.
 
-The hash is two rounds of a 32-bit multiply-xorshift mixer (the "lowbias32" constants of C. Wellons' hash prospector)
-over the id, keyed by two words made from (seed, position). 23 bits become a uniform in (0, 1): one more could round to 1.
+The hash is two rounds of a 32-bit multiply-xorshift mixer ("lowbias32" of C. Wellons' hash prospector)
+over the id, keyed by two words made from (seed, position). 23 bits become a uniform in (0, 1): more could be 1.
 """
 
 import torch

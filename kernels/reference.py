@@ -111,12 +111,14 @@ class ReferenceOps:
         return scaled_RV
 
     def logprobs(self, logits_RV: Tensor, tokens_R: Tensor, num: int) -> Logprobs:
-        logprobs_RV = torch.log_softmax(logits_RV.float(), dim=-1)
+        logits_RV = logits_RV.float()
+        logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
         # A row that could not be sampled has token -1; what it gets here means nothing, but must not fault.
-        chosen_R1 = logprobs_RV.gather(1, tokens_R.clamp(min=0)[:, None])
-        rank_R = 1 + (logprobs_RV > chosen_R1).sum(dim=-1)
+        tokens_R1 = tokens_R.long().clamp(min=0)[:, None]
+        chosen_R = logprobs_RV.gather(1, tokens_R1)[:, 0]
+        rank_R = 1 + (logits_RV > logits_RV.gather(1, tokens_R1)).sum(dim=-1)
         top = logprobs_RV.topk(min(num, logits_RV.shape[1]), dim=-1)
-        return Logprobs(chosen_R1[:, 0], rank_R, top.indices, top.values)
+        return Logprobs(chosen_R, rank_R, top.indices, top.values)
 
 
 def _pairs(x: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -157,7 +157,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A log as it is handed to an engine. `params.n` is 1: each choice is a log of its own.
 
     tokens: what was produced already, by any engine; the generation goes on behind them.
-    seed: always set. tenant: whose prefix-cache entries may be shared (a salt, never shown). priority: lower goes first.
+    seed: always set. tenant: whose prefix-cache entries may be shared (a salt).
+    priority: lower goes first.
     timeout_s: seconds from admission to the hard deadline; None for none.
     """
 

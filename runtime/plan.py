@@ -24,7 +24,7 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Slice(msgspec.Struct, frozen=True, array_like=True):
-    """This step computes tokens [start, start + count) of the sequence in `slot`; a token is drawn after them if `samples`."""
+    """Compute tokens [start, start + count) of the sequence in `slot`; draw the next one if `samples`."""
 
     slot: int
     start: int

@@ -1,0 +1,129 @@
+"""From a plan to tensors: the rank's table of sequences, and the step's batch read off it.
+
+The table lives in numpy arrays that are updated in place, one row a slot; a step's batch is gathered from it with a
+handful of vectorised operations, whatever the number of sequences. Shape letters are those of `kernels/ops.py`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels.ops import AttentionBatch, SamplingBatch
+from .plan import Admission, Slice, StepPlan
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step's tensors. `rows_R` are the tokens (of T) whose logits draw the next token of `slots[i]`."""
+
+    token_ids_T: Tensor  # int64
+    positions_T: Tensor  # int64
+    kv_slots_T: Tensor  # int64
+    attention: AttentionBatch
+    rows_R: Tensor  # int64
+    slots: list[int]
+    next_positions: Ints  # [R] where the drawn token will stand
+    sampling: SamplingBatch
+
+
+class SequenceTable:
+    """What a rank knows of each slot's sequence: tokens, pages and how it samples."""
+
+    def __init__(self, *, num_slots: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self._device = device
+        self._block_size = block_size
+        # One more column: the last token a sequence may draw stands at max_model_len.
+        self.tokens: Ints = np.zeros((num_slots, max_model_len + 1), np.int32)
+        self._pages: Ints = np.zeros((num_slots, -(-max_model_len // block_size)), np.int32)
+        self._num_pages = [0] * num_slots
+        self._temperature = np.zeros(num_slots, np.float32)
+        self._top_k = np.zeros(num_slots, np.int32)
+        self._top_p = np.ones(num_slots, np.float32)
+        self._min_p = np.zeros(num_slots, np.float32)
+        self._seed = np.zeros(num_slots, np.int64)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take in what changed since the last step."""
+        for admission in plan.admissions:
+            self._admit(admission)
+        for slot, pages in plan.blocks:
+            have = self._num_pages[slot]
+            self._pages[slot, have : have + len(pages)] = pages
+            self._num_pages[slot] = have + len(pages)
+
+    def _admit(self, admission: Admission) -> None:
+        slot, params = admission.slot, admission.params
+        self.tokens[slot, : len(admission.tokens)] = admission.tokens
+        self._num_pages[slot] = 0
+        self._temperature[slot] = params.temperature
+        self._top_k[slot] = params.top_k
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._seed[slot] = admission.seed
+
+    def append(self, slots: list[int], positions: Ints, tokens: NDArray[np.int64]) -> None:
+        """Store drawn tokens in their own rows, where the next step reads them."""
+        self.tokens[slots, positions] = tokens
+
+    def batch(self, slices: list[Slice]) -> StepBatch:
+        """The tensors of one step."""
+        slot_S = np.array([s.slot for s in slices], np.int64)
+        start_S = np.array([s.start for s in slices], np.int32)
+        count_S = np.array([s.count for s in slices], np.int32)
+        samples_S = np.array([s.samples for s in slices], np.bool_)
+        query_start_S1 = np.zeros(len(slices) + 1, np.int32)
+        np.cumsum(count_S, out=query_start_S1[1:])
+        kv_lens_S = start_S + count_S
+
+        row_T = np.repeat(np.arange(len(slices)), count_S)
+        positions_T = np.arange(query_start_S1[-1], dtype=np.int64) - (query_start_S1[:-1] - start_S)[row_T]
+        slot_T = slot_S[row_T]
+        page_T = self._pages[slot_T, positions_T // self._block_size].astype(np.int64)
+        kv_slots_T = page_T * self._block_size + positions_T % self._block_size
+        num_pages = -(-int(kv_lens_S.max()) // self._block_size)
+
+        sampling_slots = slot_S[samples_S]
+        next_positions = kv_lens_S[samples_S]
+        return StepBatch(
+            token_ids_T=self._tensor(self.tokens[slot_T, positions_T].astype(np.int64)),
+            positions_T=self._tensor(positions_T),
+            kv_slots_T=self._tensor(kv_slots_T),
+            attention=AttentionBatch(
+                query_start_S1=self._tensor(query_start_S1),
+                kv_lens_S=self._tensor(kv_lens_S),
+                block_table_SP=self._tensor(self._pages[slot_S, :num_pages]),
+                num_decodes=int((count_S == 1).sum()),
+                max_query_len=int(count_S.max()),
+                max_kv_len=int(kv_lens_S.max()),
+                query_lens=tuple(count_S.tolist()),
+                kv_lens=tuple(kv_lens_S.tolist()),
+            ),
+            rows_R=self._tensor((query_start_S1[1:][samples_S] - 1).astype(np.int64)),
+            slots=sampling_slots.tolist(),
+            next_positions=next_positions,
+            sampling=self._sampling(sampling_slots, next_positions),
+        )
+
+    def _sampling(self, slots: NDArray[np.int64], positions: Ints) -> SamplingBatch:
+        temperature, top_k = self._temperature[slots], self._top_k[slots]
+        top_p, min_p = self._top_p[slots], self._min_p[slots]
+        return SamplingBatch(
+            temperature_R=self._tensor(temperature),
+            top_k_R=self._tensor(top_k),
+            top_p_R=self._tensor(top_p),
+            min_p_R=self._tensor(min_p),
+            seed_R=self._tensor(self._seed[slots]),
+            position_R=self._tensor(positions.astype(np.int64)),
+            all_greedy=not temperature.any(),
+            any_top_k=bool(top_k.any()),
+            any_top_p=bool((top_p < 1).any()),
+            any_min_p=bool(min_p.any()),
+        )
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)

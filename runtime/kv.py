@@ -1,0 +1,29 @@
+"""The paged KV cache as tensors: one pair a layer. Which page is whose is `blocks.py`'s affair.
+
+A pair a layer and not one tensor for all: in-place writes then touch a tensor that no other layer's view shares.
+"""
+
+import torch
+
+from ..kernels.ops import KVLayer
+from .models.spec import ModelSpec
+
+
+def bytes_per_block(spec: ModelSpec, *, num_layers: int, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV block over `num_layers` layers, keys and values."""
+    return 2 * num_layers * spec.num_kv_heads * block_size * spec.head_dim * dtype.itemsize
+
+
+def allocate(
+    spec: ModelSpec, *, num_layers: int, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[KVLayer]:
+    """[num_blocks, kv heads, block_size, head dim] for keys and for values of each layer.
+
+    Zeroed, since a masked slot still meets the arithmetic (0 * NaN is NaN); on a CPU zero pages cost no memory until
+    they are written.
+    """
+    shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+    return [
+        KVLayer(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in range(num_layers)
+    ]

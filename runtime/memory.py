@@ -1,0 +1,133 @@
+"""The memory plan: what goes where, worked out before anything is allocated. No profiling run.
+
+budget = kv_cache_memory_gb, or the device's share less weights and workspace
+blocks = budget / bytes of a block, no more than max_num_seqs sequences of max_model_len could use
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import kv
+from .config import EngineConfig
+from .errors import MemoryPlanError
+from .models.spec import ModelSpec
+
+GIB = 1 << 30
+CPU_KV_BYTES = 2 * GIB
+# Of a machine's free memory on a CPU: the rest is for the page cache, other processes and the interpreter itself.
+CPU_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by use, and the number of KV blocks that follows."""
+
+    weight_bytes: int
+    workspace_bytes: int
+    kv_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def full_length_sequences(self) -> float:
+        """How many sequences of max_model_len fit at once."""
+        return self.kv_tokens / self.max_model_len
+
+    def describe(self) -> str:
+        """For the operator, printed at start."""
+        return (
+            f"memory plan: weights {self.weight_bytes / GIB:.2f} GiB, workspace {self.workspace_bytes / GIB:.2f} GiB, "
+            f"KV cache {self.kv_bytes / GIB:.2f} GiB = {self.kv_tokens:,} tokens in {self.num_blocks:,} blocks of "
+            f"{self.block_size}; {self.full_length_sequences:.1f} sequences of {self.max_model_len:,} tokens at once"
+        )
+
+
+def plan_memory(
+    spec: ModelSpec, config: EngineConfig, *, max_model_len: int, weight_bytes: int, dtype: torch.dtype, free: int
+) -> MemoryPlan:
+    """Divide `free` bytes (the engine's share of the device) among weights, workspace and KV blocks.
+
+    `config` has been resolved: its device is "cuda" or "cpu".
+
+    Raises:
+        MemoryPlanError: the weights, or one sequence of max_model_len, do not fit; says which flag would make it fit.
+    """
+    workspace = workspace_bytes(spec, config, dtype)
+    block = kv.bytes_per_block(spec, num_layers=spec.num_layers, block_size=config.block_size, dtype=dtype)
+    left = free - weight_bytes - workspace
+    if left < block:
+        raise MemoryPlanError(
+            f"{config.model}: weights take {weight_bytes / GIB:.2f} GiB and workspace {workspace / GIB:.2f} GiB, but "
+            f"{free / GIB:.2f} GiB are free: use a smaller or quantised model, lower --max-num-batched-tokens "
+            f"({config.max_num_batched_tokens}), or raise --gpu-memory-utilization ({config.gpu_memory_utilization})"
+        )
+    budget = _kv_budget(config, left)
+    blocks_a_sequence = -(-max_model_len // config.block_size)
+    num_blocks = min(budget // block, config.max_num_seqs * blocks_a_sequence)
+    if num_blocks < blocks_a_sequence:
+        fits = int(num_blocks) * config.block_size
+        raise MemoryPlanError(
+            f"one sequence of {max_model_len:,} tokens needs {blocks_a_sequence * block / GIB:.2f} GiB of KV cache, "
+            f"but {budget / GIB:.2f} GiB are planned for it ({fits:,} tokens): lower --max-model-len to {fits} or less, "
+            f"or raise --kv-cache-memory-gb to {blocks_a_sequence * block / GIB + 0.005:.2f} or more"
+        )
+    return MemoryPlan(
+        weight_bytes=weight_bytes,
+        workspace_bytes=workspace,
+        kv_bytes=int(num_blocks) * block,
+        num_blocks=int(num_blocks),
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+    )
+
+
+def _kv_budget(config: EngineConfig, left: int) -> int:
+    asked = config.kv_cache_memory_gb
+    if asked is None:
+        return min(left, CPU_KV_BYTES) if config.device == "cpu" else left
+    if asked * GIB > left:
+        raise MemoryPlanError(
+            f"--kv-cache-memory-gb {asked} is more than the {left / GIB:.2f} GiB that are left beside weights and "
+            f"workspace of {config.model}: lower it, or leave it out"
+        )
+    return int(asked * GIB)
+
+
+def workspace_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Activations of the widest step plus its logits: an upper bound, layer by layer memory being reused."""
+    tokens, rows = config.max_num_batched_tokens, min(config.max_num_seqs, config.max_num_batched_tokens)
+    qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    widest = 4 * spec.hidden_size + max(2 * qkv, 3 * spec.intermediate_size)
+    # Float32 logits, and twice that while they are sampled from.
+    return tokens * widest * dtype.itemsize + 3 * rows * spec.vocab_size * 4
+
+
+def free_bytes(device: torch.device, utilization: float) -> int:
+    """What the engine may use of the device: on a GPU its share of the whole less what others hold."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total * utilization) - (total - free)
+    return int(_available_ram() * CPU_SHARE)
+
+
+def _available_ram() -> int:
+    """Bytes a process may still take: the machine's, or its control group's where that is less."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available

@@ -1,0 +1,154 @@
+"""From logits to tokens on the output rank: masks, biases and penalties row by row, then the fused draw.
+
+Rows are independent: what one row asks for changes no other row's result. Most rows ask for nothing, so the work
+below the fused `Ops.sample` is a loop over the few that do. The order is vLLM's: grammar mask, logit bias, min_tokens,
+penalties, then temperature, min-p, top-k, top-p and the draw. Log-probabilities are the raw distribution's.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.ops import Ops
+from .batch import StepBatch
+from .generation import TokenLogprob
+from .plan import Admission, StepPlan
+
+NEG_INF = float("-inf")
+
+
+@dataclass(slots=True)
+class _Adjustment:
+    """What one sequence asks for beyond the fused draw; kept while it holds its slot, rebuilt from the log."""
+
+    bias_ids: Tensor | None = None
+    bias: Tensor | None = None
+    stop_ids: Tensor | None = None
+    stop_allowed_from: int = 0  # position of the first token that may be a stop token
+    seen_V: Tensor | None = None  # bool: in the prompt or in the output
+    output_counts_V: Tensor | None = None  # float32
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+
+    def penalise(self, logits_V: Tensor) -> None:
+        """Repetition (Keskar et al., arXiv:1909.05858), frequency and presence penalties, in place."""
+        if self.seen_V is not None and self.repetition != 1.0:
+            scaled = torch.where(logits_V > 0, logits_V / self.repetition, logits_V * self.repetition)
+            torch.where(self.seen_V, scaled, logits_V, out=logits_V)
+        if self.output_counts_V is not None:
+            logits_V.sub_(self.output_counts_V, alpha=self.frequency)
+            logits_V.sub_((self.output_counts_V > 0).to(logits_V.dtype), alpha=self.presence)
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What a step drew: one entry for each row of the batch."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob | None] | None = None
+
+
+@dataclass(slots=True)
+class Sampler:
+    """Holds per-slot state for the rows that need any."""
+
+    ops: Ops
+    vocab_size: int
+    _adjustments: dict[int, _Adjustment] = field(default_factory=dict)
+    _num_logprobs: dict[int, int] = field(default_factory=dict)
+
+    def admit(self, admission: Admission) -> None:
+        """Set up a slot from its log, forgetting whoever held it before."""
+        slot, params = admission.slot, admission.params
+        self._adjustments.pop(slot, None)
+        self._num_logprobs.pop(slot, None)
+        if params.logprobs is not None:
+            self._num_logprobs[slot] = params.logprobs
+        penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        if not (params.logit_bias or penalised or (params.min_tokens and admission.stop_token_ids)):
+            return
+        adjustment = _Adjustment(
+            repetition=params.repetition_penalty,
+            presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
+        )
+        if params.logit_bias:
+            adjustment.bias_ids = self._tensor(list(params.logit_bias), torch.int64)
+            adjustment.bias = self._tensor(list(params.logit_bias.values()), torch.float32)
+        if params.min_tokens and admission.stop_token_ids:
+            adjustment.stop_ids = self._tensor(admission.stop_token_ids, torch.int64)
+            adjustment.stop_allowed_from = admission.prompt_len + params.min_tokens
+        if penalised:
+            self._count(adjustment, admission)
+        self._adjustments[slot] = adjustment
+
+    def _count(self, adjustment: _Adjustment, admission: Admission) -> None:
+        tokens = self._tensor(admission.tokens, torch.int64)
+        adjustment.seen_V = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.ops.device)
+        adjustment.seen_V[tokens] = True
+        output = tokens[admission.prompt_len :]
+        adjustment.output_counts_V = torch.zeros(self.vocab_size, dtype=torch.float32, device=self.ops.device)
+        adjustment.output_counts_V.index_add_(0, output, torch.ones_like(output, dtype=torch.float32))
+
+    def sample(self, logits_RV: Tensor, batch: StepBatch, plan: StepPlan) -> Sampled:
+        """Draw one token a row; -1 for a row whose logits are not finite. `logits_RV` (float32) is overwritten."""
+        wants = [self._num_logprobs.get(slot) for slot in batch.slots]
+        asked = [row for row, num in enumerate(wants) if num is not None]
+        raw = logits_RV[asked] if asked else None
+        for row, slot in enumerate(batch.slots):
+            if slot in plan.masks or slot in self._adjustments:
+                self._adjust(logits_RV[row], slot, int(batch.next_positions[row]), plan.masks.get(slot))
+        tokens_R = self.ops.sample(logits_RV, batch.sampling)
+        tokens: list[int] = tokens_R.tolist()
+        for token, slot in zip(tokens, batch.slots, strict=True):
+            adjustment = self._adjustments.get(slot)
+            if adjustment is not None and adjustment.seen_V is not None and token >= 0:
+                assert adjustment.output_counts_V is not None
+                adjustment.seen_V[token] = True
+                adjustment.output_counts_V[token] += 1
+        if raw is None:
+            return Sampled(tokens)
+        return Sampled(tokens, self._logprobs(raw, tokens_R[asked], asked, wants))
+
+    def _adjust(self, logits_V: Tensor, slot: int, position: int, mask: bytes | None) -> None:
+        if mask is not None:
+            logits_V.masked_fill_(~self._unpack(mask), NEG_INF)
+        adjustment = self._adjustments.get(slot)
+        if adjustment is None:
+            return
+        if adjustment.bias_ids is not None and adjustment.bias is not None:
+            logits_V.index_add_(0, adjustment.bias_ids, adjustment.bias)
+        if adjustment.stop_ids is not None and position < adjustment.stop_allowed_from:
+            logits_V[adjustment.stop_ids] = NEG_INF
+        adjustment.penalise(logits_V)
+
+    def _unpack(self, mask: bytes) -> Tensor:
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little", count=self.vocab_size)
+        return torch.from_numpy(bits).to(self.ops.device, torch.bool)
+
+    def _logprobs(
+        self, raw_QV: Tensor, tokens_Q: Tensor, asked: list[int], wants: list[int | None]
+    ) -> list[TokenLogprob | None]:
+        entries: list[TokenLogprob | None] = [None] * len(wants)
+        most = max(want for want in wants if want is not None)
+        for row, entry in zip(asked, token_logprobs(self.ops, raw_QV, tokens_Q, most), strict=True):
+            entries[row] = TokenLogprob(entry.logprob, entry.rank, entry.top[: wants[row]])
+        return entries
+
+    def _tensor(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.ops.device)
+
+
+def token_logprobs(ops: Ops, logits_QV: Tensor, tokens_Q: Tensor, num: int) -> list[TokenLogprob]:
+    """One entry for each (row, token), with the `num` most likely alternatives."""
+    # A failed row's token is -1; its log ends with an error, so what stands here is never seen.
+    found = ops.logprobs(logits_QV, tokens_Q.clamp(min=0), num)
+    chosen, ranks = found.chosen_R.tolist(), found.rank_R.tolist()
+    ids, values = found.top_ids_RL.tolist(), found.top_logprobs_RL.tolist()
+    return [
+        TokenLogprob(chosen[row], ranks[row], list(zip(ids[row], values[row], strict=True)))
+        for row in range(len(chosen))
+    ]
