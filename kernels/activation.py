@@ -1,5 +1,5 @@
 """Non-linearities of the MLP, alone and as `act(gate) * up` (GLU variants, arXiv:2002.05202), elementwise."""
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: PLR0917 (what a kernel is passed)
 
 import torch

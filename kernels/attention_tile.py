@@ -7,7 +7,7 @@ tile is independent of the page size: a tile gathers from several pages, or seve
 A tile that a row does not see at all leaves the row's state bit for bit as it was (its maximum starts at a finite
 number, its weights are exact zeros): what a row gets never depends on which rows share its tile.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: PLR0917 (what a kernel is passed)
 
 import triton
@@ -117,14 +117,12 @@ def tile_constants(q_THE: Tensor, cache: KVLayer, spec: AttentionSpec) -> dict[s
     assert page_size & (page_size - 1) == 0, "page sizes are powers of two"
     assert cache.k_NKBE.stride() == cache.v_NKBE.stride()
     assert cache.k_NKBE.stride(3) == q_THE.stride(2) == 1
-    # A wide float32 tile would overflow shared memory.
-    wide = dim > 128 and q_THE.element_size() > 2
     return {
         "GROUP": heads // kv_heads,
         "DIM": dim,
         "DIM_P2": max(16, triton.next_power_of_2(dim)),
         "PAGE": page_size,
-        "BLOCK_N": 32 if wide else 64,
+        "BLOCK_N": 64 if q_THE.element_size() <= 2 else 32,  # float32 has no tensor cores: its dots unroll
         "WINDOW": spec.window or 0,
         "SOFTCAP": spec.softcap is not None,
         "UPCAST": triton.knobs.runtime.interpret,

@@ -8,7 +8,7 @@ The number of chunks is the grid's; which keys a chunk holds is worked out on th
 a captured graph replays at any length. It depends on how many sequences share the step: the same row may be rounded
 differently in another batch. `TritonOps(deterministic=True)` avoids this kernel altogether.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: PLR0917 (what a kernel is passed)
 
 import torch
@@ -113,7 +113,8 @@ def _decode_kernel(
             MASKED=True,
         )
 
-    acc_ME /= tl.where(sum_M > 0, sum_M, 1.0)[:, None]  # no keys at all (a padding row): zeros
+    sum_M = tl.where(sum_M > 0, sum_M, 1.0)  # no keys at all (a padding row): zeros
+    acc_ME /= sum_M[:, None]
     heads = tl.num_programs(1) * GROUP
     at_M = seq * heads + head_M
     if CHUNKED:
@@ -146,7 +147,6 @@ def _reduce_kernel(
     chunk = tl.arange(0, CHUNKS_P2)
     log_weight_ptr += at * num_chunks
     highest = tl.max(tl.load(log_weight_ptr + chunk, mask=chunk < used, other=float("-inf")), axis=0)
-    highest = tl.maximum(highest, LOWEST)
     dim = tl.arange(0, DIM_P2)[None, :]
     acc = tl.zeros([DIM_P2], dtype=tl.float32)
     total = 0.0
@@ -157,7 +157,7 @@ def _reduce_kernel(
         part = tl.load(part_ptr, mask=(block < used)[:, None] & (dim < DIM), other=0.0)
         acc += tl.sum(part * weight[:, None], axis=0)
         total += tl.sum(weight, axis=0)
-    acc /= tl.where(total > 0, total, 1.0)
+    acc /= total
     dim = tl.arange(0, DIM_P2)
     tl.store(out_ptr + at * DIM + dim, acc.to(out_ptr.dtype.element_ty), mask=dim < DIM)
 
@@ -166,7 +166,7 @@ def chunks_for(kv_lens: tuple[int, ...], kv_heads: int, programs: int) -> int:
     """How many chunks the longest sequence is cut into, so that the step makes about `programs` equal programs."""
     longest = max(kv_lens, default=0)
     fair_share = sum(kv_lens) * kv_heads // max(programs, 1)
-    return max(1, min(_MAX_CHUNKS, triton.cdiv(longest, max(MIN_CHUNK, fair_share))))
+    return max(1, min(_MAX_CHUNKS, -(-longest // max(MIN_CHUNK, fair_share))))
 
 
 def decode_attention(

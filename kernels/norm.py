@@ -3,7 +3,7 @@
 RMS norm: arXiv:1910.07467; layer norm: arXiv:1607.06450. A row lies whole in one program's registers, so the layer
 norm's variance is that of the centred row (two passes over registers, not the cancelling E[x^2] - E[x]^2).
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: PLR0917 (what a kernel is passed)
 
 import torch

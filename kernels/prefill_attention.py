@@ -6,7 +6,7 @@ tiles at the causal edge and at the window's far edge pay for them, and those be
 arXiv:2307.08691). No keys are split among programs, and the tile's shape depends on nothing but shapes and dtype of
 the model: a row's result is a function of its own sequence, whatever else is in the step.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: PLR0917 (what a kernel is passed)
 
 import triton
@@ -134,8 +134,8 @@ def prefill_attention(
     constants = tile_constants(q_THE, cache, spec)
     group = constants["GROUP"]
     kv_heads = q_THE.shape[1] // group
-    small = q_THE.element_size() <= 2 and q_THE.shape[2] <= 128
-    block_m = max(128 if small else 64, triton.next_power_of_2(group))
+    rows = 32 if q_THE.element_size() > 2 else 128 if q_THE.shape[2] <= 128 else 64
+    block_m = max(rows, triton.next_power_of_2(group))
     num_seqs = batch.block_table_SP.shape[0]
     # A bound from shapes alone, so that the grid of a captured graph needs no lengths.
     tiles = q_THE.shape[0] // (block_m // group) + num_seqs - first_seq
@@ -154,6 +154,6 @@ def prefill_attention(
         batch.block_table_SP.stride(0),
         **constants,
         BLOCK_M=block_m,
-        num_warps=8 if block_m >= 128 else 4,
+        num_warps=8,
         num_stages=1 if q_THE.element_size() > 2 else 3 if q_THE.shape[2] <= 64 else 2,
     )

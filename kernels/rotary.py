@@ -1,5 +1,5 @@
 """Rotary embedding (RoFormer, arXiv:2104.09864) of queries and keys in place: one program a token, all heads."""
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: PLR0917 (what a kernel is passed)
 
 import triton

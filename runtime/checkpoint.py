@@ -39,6 +39,10 @@ class Checkpoint(Protocol):
 
     def names(self) -> list[str]: ...
 
+    def file_of(self, name: str) -> str:
+        """The file that holds the tensor, or that should: for messages."""
+        ...
+
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def tensor(self, name: str, cut: Cut = ()) -> Tensor:

@@ -11,7 +11,8 @@ from .models.spec import ModelSpec
 
 def bytes_per_block(spec: ModelSpec, *, num_layers: int, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one KV block over `num_layers` layers, keys and values."""
-    return 2 * num_layers * spec.num_kv_heads * block_size * spec.head_dim * dtype.itemsize
+    num_kv_heads, head_dim = spec.kv_shape()
+    return 2 * num_layers * num_kv_heads * block_size * head_dim * dtype.itemsize
 
 
 def allocate(
@@ -22,7 +23,8 @@ def allocate(
     Zeroed, since a masked slot still meets the arithmetic (0 * NaN is NaN); on a CPU zero pages cost no memory until
     they are written.
     """
-    shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+    num_kv_heads, head_dim = spec.kv_shape()
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
     return [
         KVLayer(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
         for _ in range(num_layers)

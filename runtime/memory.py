@@ -107,7 +107,7 @@ def workspace_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -
     """Activations of the widest step plus its logits: an upper bound, layer by layer memory being reused."""
     tokens, rows = config.max_num_batched_tokens, min(config.max_num_seqs, config.max_num_batched_tokens)
     qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    widest = 4 * spec.hidden_size + max(2 * qkv, 3 * spec.intermediate_size)
+    widest = 4 * spec.hidden_size + max(2 * qkv, 3 * max(layer.mlp.size for layer in spec.layers))
     # Float32 logits, and twice that while they are sampled from.
     return tokens * widest * dtype.itemsize + 3 * rows * spec.vocab_size * 4
 

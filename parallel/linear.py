@@ -1,0 +1,70 @@
+"""Linear layers cut over the ranks of a tensor-parallel group, as plain callables: [T, in] -> [T, out].
+
+Built once from a `LinearMethod` that already holds this rank's slice; what is called each step has no options left.
+The bias of a row-parallel layer is added on shard 0 alone, before the sum, so that one formula serves any width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .comm import Comm
+from .partition import cut_vocab, length
+from .quant import LinearMethod
+
+Layer = Callable[[Tensor], Tensor]
+
+
+def then(first: Layer, second: Layer) -> Layer:
+    """The two, one after the other."""
+    return lambda x: second(first(x))
+
+
+def column_linear(method: LinearMethod, bias: Tensor | None) -> Layer:
+    """This rank's output columns of a layer. Nothing is said to the other ranks."""
+    if bias is None:
+        return method.apply
+    apply = method.apply
+    return lambda x: apply(x).add_(bias)
+
+
+def partial_linear(method: LinearMethod, bias: Tensor | None, *, comm: Comm) -> Layer:
+    """A layer whose inputs are cut: a partial sum on each rank, for the caller to add up over the ranks."""
+    return column_linear(method, bias if comm.shard == 0 else None)
+
+
+def row_linear(method: LinearMethod, bias: Tensor | None, *, comm: Comm) -> Layer:
+    """A layer whose inputs are cut: the whole sum on every rank."""
+    return then(partial_linear(method, bias, comm=comm), comm.all_reduce)
+
+
+def vocab_embedding(table_VD: Tensor, *, vocab_size: int, comm: Comm) -> Layer:
+    """Rows of a table of which each rank holds those of its part of the vocabulary: ids [T] -> [T, D]."""
+    if comm.size == 1:
+        return lambda ids_T: F.embedding(ids_T, table_VD)
+    mine = cut_vocab(vocab_size, shard=comm.shard, size=comm.size)
+
+    def embed(ids_T: Tensor) -> Tensor:
+        outside_T1 = ((ids_T < mine.start) | (ids_T >= mine.stop))[:, None]
+        rows_T = (ids_T - mine.start).clamp_(0, max(len(table_VD) - 1, 0))
+        return comm.all_reduce(F.embedding(rows_T, table_VD).masked_fill_(outside_T1, 0))
+
+    return embed
+
+
+def vocab_linear(method: LinearMethod, bias: Tensor | None, *, vocab_size: int, comm: Comm) -> Layer:
+    """Logits in float32 over the whole vocabulary, on every rank: [R, D] -> [R, V]."""
+    layer = column_linear(method, bias)
+    if comm.size == 1:
+        return lambda x_RD: layer(x_RD).float()
+    cuts = [cut_vocab(vocab_size, shard=shard, size=comm.size) for shard in range(comm.size)]
+    sizes = [length(cut) for cut in cuts]
+    padding = (0, max(sizes) - sizes[comm.shard])  # a gather wants equal shapes
+
+    def logits(x_RD: Tensor) -> Tensor:
+        parts = comm.all_gather(F.pad(layer(x_RD).float(), padding))
+        return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
+
+    return logits

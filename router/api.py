@@ -1,0 +1,227 @@
+"""Stations 1 and 2: the OpenAI API as a FastAPI application over an `Ingress`.
+
+Handlers take the raw request, so that every refusal, from a wrong method to a missing field, is written by `http.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ..runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalError
+from .auth import Guard
+from .body import ClientGone, read_json
+from .config import RouterConfig
+from .http import error_response
+from .ingress import Ingress, Launch
+from .metrics import CONTENT_TYPE
+from .responses import ChatShape, CompletionShape, Heading, Shape, Speller, usage_of
+from .schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    SamplingBody,
+    TokenizeRequest,
+    parse,
+)
+from .stream import Answer, respond
+
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
+
+
+def create_app(ingress: Ingress, config: RouterConfig | None = None) -> FastAPI:
+    """The application, guarded: ready for uvicorn or for Ray Serve."""
+    app = FastAPI(title="Shoal", version=_version(), redirect_slashes=False)
+    _add_routes(app, Handlers(ingress))
+    app.add_exception_handler(ShoalError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientGone, _on_client_gone)
+    app.add_middleware(Guard, keys=ingress.keys, config=config or ingress.config, on_status=ingress.metrics.answered)
+    return app
+
+
+class Handlers:
+    """One method a route."""
+
+    def __init__(self, ingress: Ingress) -> None:
+        self._ingress = ingress
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation, streamed or not."""
+        body = await self._read(ChatRequest, request)
+        launch = await self._ingress.chat(body, request.scope["shoal.tenant"])
+        shape = ChatShape(_heading(launch, body), launch.job, self._speller(body))
+        return await self._answer(request, body, launch, shape)
+
+    async def completion(self, request: Request) -> Response:
+        """Go on with one or many prompts, streamed or not."""
+        body = await self._read(CompletionRequest, request)
+        launch = await self._ingress.completion(body, request.scope["shoal.tenant"])
+        shape = CompletionShape(_heading(launch, body), launch.job, self._speller(body))
+        return await self._answer(request, body, launch, shape)
+
+    async def tokenize(self, request: Request) -> Response:
+        """A prompt or a conversation as token ids."""
+        body = await self._read(TokenizeRequest, request)
+        ids = await (await self._ingress.preparer(body)).tokenize(body)
+        answer: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": (await self._ingress.info()).max_model_len,
+            "tokens": ids,
+        }
+        if body.return_token_strs:
+            answer["token_strs"] = [self._ingress.text.token_text(token) for token in ids]
+        return _json(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        """Token ids as text."""
+        body = await self._read(DetokenizeRequest, request)
+        await self._ingress.preparer(body)
+        self._ingress.text.check_tokens(body.tokens, param="tokens")
+        return _json({"prompt": self._ingress.text.decode(body.tokens)})
+
+    async def models(self, request: Request) -> Response:
+        """The names this server answers to."""
+        info = await self._ingress.info()
+        return _json({"object": "list", "data": [await self._card(name) for name in self._ingress.names(info)]})
+
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        name = request.path_params["name"]
+        self._ingress.check_model(name, await self._ingress.info())
+        return _json(await self._card(name))
+
+    async def health(self, request: Request) -> Response:
+        """200 while this process serves."""
+        return _json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 while a replica can take work; else 503 and the reason."""
+        await self._ingress.ready()
+        return _json({"status": "ready"})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus text: this process and all replicas."""
+        stats = await self._ingress.backend.stats()
+        return Response(self._ingress.metrics.render(stats), headers={"content-type": CONTENT_TYPE})
+
+    async def version(self, request: Request) -> Response:
+        return _json({"version": _version()})
+
+    async def _read(self, kind: type[AnyBody], request: Request) -> AnyBody:
+        self._ingress.admission.check()
+        headers = dict(request.scope["headers"])
+        return parse(kind, await read_json(headers, request.receive, self._ingress.config))
+
+    async def _answer(self, request: Request, body: SamplingBody, launch: Launch, shape: Shape) -> Response:
+        options = body.stream_options
+        answer = Answer(
+            flight=launch.flight,
+            shape=shape,
+            usage=lambda: usage_of(launch.job, launch.flight.choices),
+            include_usage=bool(options and options.include_usage),
+            send_timeout_s=self._ingress.config.send_timeout_s,
+            on_error=self._ingress.metrics.stream_errors.inc,
+        )
+        return await respond(answer, request.receive, stream=bool(body.stream))
+
+    def _speller(self, body: SamplingBody) -> Speller:
+        return Speller(self._ingress.text, as_ids=bool(body.return_tokens_as_token_ids))
+
+    async def _card(self, name: str) -> dict[str, Any]:
+        info = await self._ingress.info()
+        return {
+            "id": name,
+            "object": "model",
+            "created": info.created,
+            "owned_by": "shoal",
+            "root": info.model,
+            "max_model_len": info.max_model_len,
+        }
+
+
+def _add_routes(app: FastAPI, handlers: Handlers) -> None:
+    get, post = ["GET"], ["POST"]
+    bodies: dict[str, Any] = {}
+    for path, handler, methods, body in (
+        ("/v1/chat/completions", handlers.chat, post, ChatRequest),
+        ("/v1/completions", handlers.completion, post, CompletionRequest),
+        ("/tokenize", handlers.tokenize, post, TokenizeRequest),
+        ("/detokenize", handlers.detokenize, post, DetokenizeRequest),
+        ("/v1/models", handlers.models, get, None),
+        ("/v1/models/{name:path}", handlers.model, get, None),
+        ("/health", handlers.health, get, None),
+        ("/ready", handlers.ready, get, None),
+        ("/metrics", handlers.metrics, get, None),
+        ("/version", handlers.version, get, None),
+    ):
+        extra = None if body is None else _request_body(body, bodies)
+        app.add_api_route(path, handler, methods=methods, response_model=None, openapi_extra=extra)
+    for path, handler in (("/health", handlers.health), ("/ready", handlers.ready)):
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
+    _describe(app, bodies)
+
+
+def _request_body(body: type[BaseModel], bodies: dict[str, Any]) -> dict[str, Any]:
+    """The body for /docs: the handlers read it themselves, so FastAPI cannot know."""
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    bodies.update(schema.pop("$defs", {}))
+    bodies[body.__name__] = schema
+    reference = {"$ref": f"#/components/schemas/{body.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+
+
+def _describe(app: FastAPI, bodies: dict[str, Any]) -> None:
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(bodies)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405."""
+    assert isinstance(error, HTTPException)
+    method, path = request.scope["method"], request.scope["path"]
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        refusal = MethodNotAllowed(
+            f"{path!r:.200} does not take {method!r:.30}; it takes {allowed}", code="method_not_allowed"
+        )
+        return error_response(refusal, {"allow": allowed})
+    if error.status_code == 404:
+        return error_response(NotFound(f"there is no route {path!r:.200}", code="route_not_found"))
+    return error_response(InvalidRequest(str(error.detail)[:500]))
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; it is the status that shows in metrics and access logs
+
+
+def _heading(launch: Launch, body: SamplingBody) -> Heading:
+    return Heading(launch.id, int(time.time()), body.model)
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _version() -> str:
+    try:
+        return version("shoal")
+    except PackageNotFoundError:
+        return "unknown"

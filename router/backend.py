@@ -1,0 +1,103 @@
+"""What the router asks of whatever makes tokens: the values and the Protocol between stations 7 and 8.
+
+No Ray here: `HandleBackend` (replica.py) speaks to a Serve deployment, the tests' one is in process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+from ..runtime import errors as e
+from ..runtime.generation import GenerationRequest, TokenEvent
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ingress must know of the model that replicas serve. Lengths in tokens."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int] = msgspec.field(default_factory=list)
+    dtype: str = ""
+    kv_tokens: int = 0
+    created: int = 0  # unix seconds
+
+
+class ReplicaLost(e.EngineDead):
+    """The replica went away with the log unfinished; the tokens it emitted stand, another one could go on."""
+
+
+class Backend(Protocol):
+    """Where generations run. Safe to call from many tasks of one event loop."""
+
+    def generate(self, request: GenerationRequest, replica: str | None = None) -> AsyncIterator[list[TokenEvent]]:
+        """The log's events as they come, all that are ready in one list; ends behind the one with a finish reason.
+
+        `replica`: the balancer's choice; None leaves it to the transport. Closing or cancelling the iterator aborts
+        the generation.
+
+        Raises:
+            ReplicaLost: see there. ShoalError: as the engine raised it.
+        """
+        ...
+
+    async def info(self) -> ModelInfo:
+        """Raises Unavailable where no replica answers yet."""
+        ...
+
+    async def ready(self) -> None:
+        """Returns if a replica can take work now; raises Unavailable with the reason otherwise."""
+        ...
+
+    async def stats(self) -> Mapping[str, Any]:
+        """Replica id -> its engine's `Stats`. A replica that does not answer in time is left out."""
+        ...
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A `ShoalError` on the wire: exceptions do not cross processes, their kind, text and fields do."""
+
+    kind: str
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after: float | None = None
+
+
+# What a replica sends: an array is events, a map is a failure.
+Frame = list[TokenEvent] | Failure
+
+_KINDS: dict[str, type[e.ShoalError]] = {
+    kind.__name__: kind for kind in vars(e).values() if isinstance(kind, type) and issubclass(kind, e.ShoalError)
+}
+
+
+def failure_of(error: e.ShoalError) -> Failure:
+    """The nearest kind of errors.py, so that a subclass private to some module still arrives as what it is."""
+    kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _KINDS)
+    return Failure(
+        kind=kind,
+        message=str(error)[:2000],
+        param=getattr(error, "param", None),
+        code=getattr(error, "code", None),
+        retry_after=getattr(error, "retry_after", None),
+    )
+
+
+def error_of(failure: Failure) -> e.ShoalError:
+    """The inverse of `failure_of`."""
+    kind = _KINDS.get(failure.kind, e.EngineError)
+    fields = {name: getattr(failure, name) for name in ("param", "code", "retry_after")}
+    given = {name: value for name, value in fields.items() if value is not None}
+    if issubclass(kind, e.QueueFull):
+        given.pop("param", None)
+    elif issubclass(kind, e.RequestError):
+        given.pop("retry_after", None)
+    elif issubclass(kind, e.Unavailable):
+        given = {name: value for name, value in given.items() if name == "retry_after"}
+    else:
+        given = {}
+    return kind(failure.message, **given)

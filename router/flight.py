@@ -1,0 +1,136 @@
+"""Stations 4 to 7 at work: all choices of one request in the air at once, gathered into one stream of pieces.
+
+Each choice has a task that follows its log and makes text of it; whoever answers the client takes whatever pieces are
+ready, so a slow client gets fewer and longer ones. Leaving the flight cancels what still flies, which aborts the
+generations. Invariant: iterating ends after every choice has its finish reason, or raises, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, cast
+
+from ..runtime.errors import RequestTimeout, RowFailed, ShoalError, Unavailable
+from ..runtime.generation import FinishReason, GenerationRequest, TokenEvent
+from .text import Choice, Piece
+
+Events = AsyncIterator[list[TokenEvent]]
+GRACE_S = 5.0  # the engine ends a generation at its deadline; behind this the router no longer waits for it
+
+
+class Flight:
+    """`async with flight: async for pieces in flight: ...`"""
+
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        follow: Callable[[GenerationRequest], Events],
+        *,
+        on_event: Callable[[Choice, TokenEvent], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self.choices = choices
+        self.error: Exception | None = None
+        self._follow = follow
+        self._on_event = on_event
+        self._on_end = on_end
+        self._pieces: list[Piece] = []
+        self._unfinished = len(choices)
+        self._waiter: asyncio.Future[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._deadline: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        timeout = self.choices[0].request.timeout_s
+        if timeout is not None:
+            late = RequestTimeout(f"not finished after {timeout:g} s (timeout)")
+            self._deadline = loop.call_later(timeout + GRACE_S, self.fail, late)
+        self._tasks = [loop.create_task(self._fly(choice)) for choice in self.choices]
+
+    def fail(self, error: Exception) -> None:
+        """End the flight: the consumer gets the pieces that are there, then `error`. Only the first error counts."""
+        if self.error is None:
+            self.error = error
+            for task in self._tasks:
+                task.cancel()
+            self._wake()
+
+    async def __aenter__(self) -> Flight:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancel what still flies and wait until it is down: then nobody works for this request any more."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+        for task in self._tasks:
+            task.cancel()
+        try:
+            if any(not task.done() for task in self._tasks):
+                await asyncio.wait(self._tasks, timeout=GRACE_S)
+        finally:
+            self._on_end()
+
+    def __aiter__(self) -> Flight:
+        return self
+
+    async def __anext__(self) -> list[Piece]:
+        while not self._pieces:
+            if self.error is not None:
+                raise self.error
+            if not self._unfinished:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    async def _fly(self, choice: Choice) -> None:
+        try:
+            async with aclosing(cast("Any", self._follow(choice.request))) as batches:
+                async for batch in batches:
+                    for event in batch:
+                        self._land(choice, event)
+                        if choice.finished:  # perhaps by a stop string, ahead of the engine: leaving aborts the rest
+                            return
+        except ShoalError as error:
+            self.fail(error)
+        except Exception as error:  # noqa: BLE001 - a bug in one request ends this request; http.py logs it
+            self.fail(error)
+
+    def _land(self, choice: Choice, event: TokenEvent) -> None:
+        problem = _problem(event)
+        if problem is not None:
+            raise problem
+        self._on_event(choice, event)
+        self._pieces.append(choice.take(event))
+        if choice.finished:
+            self._unfinished -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _problem(event: TokenEvent) -> ShoalError | None:
+    """The error that a log's end stands for; None for complete answers and logs that go on."""
+    if event.finish_reason is FinishReason.TIMEOUT:
+        return RequestTimeout(event.error or "the deadline passed before the end (timeout)")
+    if event.finish_reason is FinishReason.ABORT:
+        return Unavailable(event.error or "the server ended the generation before its end")
+    if event.finish_reason is FinishReason.ERROR:
+        return RowFailed(event.error or "the generation failed")
+    return None

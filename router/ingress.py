@@ -1,0 +1,139 @@
+"""Station 2: the path of a request, each line the next station. HTTP lives above (`api.py`), tokens below."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+import msgspec
+
+from ..runtime.errors import NotFound, Unavailable
+from ..runtime.generation import GenerationRequest, TokenEvent
+from ..runtime.text import Text
+from .admission import Admission
+from .auth import Keys, keys_of
+from .backend import Backend, ModelInfo
+from .balance import AnyReplica, Balancer
+from .cache import NoCache, ResponseCache
+from .config import RouterConfig
+from .flight import Flight
+from .metrics import RouterMetrics
+from .prepare import Job, Preparer
+from .resume import follow
+from .schema import Body, ChatRequest, CompletionRequest, SamplingBody
+from .text import Choice
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """An admitted request: what was asked, as its logs, and the flight that brings the answer."""
+
+    id: str
+    job: Job
+    flight: Flight
+
+
+class Ingress:
+    """The router of one process. Everything that varies is handed in.
+
+    text: the model's tokenizer and template. clock: for admission alone.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        text: Text,
+        config: RouterConfig,
+        *,
+        cache: ResponseCache | None = None,
+        balancer: Balancer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.backend = backend
+        self.text = text
+        self.config = config
+        self.cache: ResponseCache = cache or NoCache()
+        self.balancer: Balancer = balancer or AnyReplica()
+        self.keys: Keys = keys_of(config)
+        self.admission = Admission(config.max_in_flight, clock=clock)
+        self.metrics = RouterMetrics()
+        self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
+        self._info: ModelInfo | None = None
+        self._flights: set[Flight] = set()
+
+    async def chat(self, body: ChatRequest, tenant: str) -> Launch:
+        """Raises RequestError, Unavailable: then nothing has run."""
+        prepare = await self.preparer(body)
+        id = f"chatcmpl-{uuid.uuid4().hex}"
+        return self._launch(await prepare.chat(body, id=id, tenant=self._tenant(body, tenant)), id)
+
+    async def completion(self, body: CompletionRequest, tenant: str) -> Launch:
+        """Raises RequestError, Unavailable: then nothing has run."""
+        prepare = await self.preparer(body)
+        id = f"cmpl-{uuid.uuid4().hex}"
+        return self._launch(await prepare.completion(body, id=id, tenant=self._tenant(body, tenant)), id)
+
+    async def preparer(self, body: Body) -> Preparer:
+        """Raises NotFound: the body asks for a model that we do not serve."""
+        info = await self.info()
+        self.check_model(body.model, info)
+        return Preparer(self.text, info, self.config)
+
+    async def info(self) -> ModelInfo:
+        """Asked for once. Raises Unavailable while no replica answers."""
+        if self._info is None:
+            self._info = await self.backend.info()
+        return self._info
+
+    async def ready(self) -> None:
+        """Raises Unavailable, with the reason, unless a replica can take work now."""
+        if self.admission.draining:
+            raise Unavailable("the server is draining", retry_after=1.0)
+        await self.backend.ready()
+
+    def names(self, info: ModelInfo) -> tuple[str, ...]:
+        return self.config.served_model_name or (info.model,)
+
+    def check_model(self, name: str, info: ModelInfo) -> None:
+        names = self.names(info)
+        if name not in names:
+            raise NotFound(
+                f"the model {name!r:.80} does not exist; this server serves {', '.join(names)}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, let what runs go on for `timeout_s`, then end it with a terminal event each."""
+        self.admission.drain()
+        deadline = time.monotonic() + timeout_s
+        while self._flights and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for flight in list(self._flights):
+            flight.fail(Unavailable("the server is shutting down before the answer's end", retry_after=1.0))
+
+    def _launch(self, job: Job, id: str) -> Launch:
+        arrived = time.monotonic()
+        choices = [Choice(i, request, self.text.output(request.params)) for i, request in enumerate(job.requests)]
+        ticket = self.admission.enter(len(choices))
+
+        def landed(choice: Choice, event: TokenEvent) -> None:
+            self.metrics.landed(choice, event, arrived)
+
+        def ended() -> None:
+            ticket.close()
+            self._flights.discard(flight)
+            self.metrics.e2e.observe(time.monotonic() - arrived)
+
+        flight = Flight(choices, partial(self.cache.open, lead=self._lead), on_event=landed, on_end=ended)
+        self._flights.add(flight)
+        flight.start()
+        return Launch(id, job, flight)
+
+    def _lead(self, request: GenerationRequest) -> AsyncIterator[list[TokenEvent]]:
+        return follow(request, backend=self.backend, balancer=self.balancer)
+
+    def _tenant(self, body: SamplingBody, tenant: str) -> str:
+        return tenant if body.cache_salt is None else self.keys.tenant(tenant.encode(), body.cache_salt.encode())

@@ -1,0 +1,303 @@
+"""Station 4, on the way down: request bodies become generations, within the limits of the model and of the router.
+
+Every choice of every prompt is a log of its own, with a seed of its own. Everything is refused here that can be, so
+before the first byte of a 200 and before the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from ..runtime.errors import InvalidRequest
+from ..runtime.generation import (
+    GenerationRequest,
+    SamplingParams,
+    StructuredOutputs,
+)
+from ..runtime.text import Text, choice_seed
+from .backend import ModelInfo
+from .config import RouterConfig
+from .messages import read_messages
+from .schema import ChatRequest, CompletionRequest, ResponseFormat, SamplingBody, TokenizeRequest, shown
+
+COMPLETION_MAX_TOKENS = 16
+_LONG_TEXT = 4096  # characters; from here on tokenizing would hold up the event loop: a thread takes it
+# Fields of the body that are SamplingParams' as they stand.
+_SAMPLING = (
+    *("n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "include_stop_str_in_output"),
+    *("skip_special_tokens", "prompt_logprobs"),
+)
+T = TypeVar("T")
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """Token ids, and the text they were made of (None: they came as ids)."""
+
+    ids: list[int]
+    text: str | None = None
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, understood: `requests[prompt * n + choice]` are its logs.
+
+    echo: the text of each prompt, where it is to stand before its answers. prompt_logprobs: whether they are wanted by
+    themselves; an echo has them made, too.
+    """
+
+    prompts: list[Prompt]
+    requests: list[GenerationRequest]
+    n: int
+    echo: list[str] | None = None
+    prompt_logprobs: bool = False
+
+
+class Preparer:
+    """Bodies -> jobs, within the limits of the model and of the router."""
+
+    def __init__(self, text: Text, info: ModelInfo, config: RouterConfig) -> None:
+        self._text = text
+        self._info = info
+        self._config = config
+
+    async def chat(self, body: ChatRequest, *, id: str, tenant: str) -> Job:
+        """Raises InvalidRequest, ContextTooLong."""
+        if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+            raise InvalidRequest(
+                f"max_tokens is {body.max_tokens} and max_completion_tokens {body.max_completion_tokens}; give one",
+                param="max_tokens",
+            )
+        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        if asked is not None and asked < 1:
+            name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+            raise InvalidRequest(f"{name} is {asked}; it must be at least 1", param=name)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise InvalidRequest(f"top_logprobs is {body.top_logprobs}; it needs logprobs: true", param="top_logprobs")
+        params = self._params(body, max_tokens=asked, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+        ids = await self._encode_chat(body)
+        return self._job([Prompt(ids)], body, params, default=None, id=id, tenant=tenant)
+
+    async def completion(self, body: CompletionRequest, *, id: str, tenant: str) -> Job:
+        """Raises InvalidRequest, ContextTooLong."""
+        params = self._params(body, max_tokens=body.max_tokens, logprobs=body.logprobs)
+        if body.echo and body.logprobs is not None:
+            params = _replace(params, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
+        prompts = await self._prompts(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        job = self._job(prompts, body, params, default=COMPLETION_MAX_TOKENS, id=id, tenant=tenant)
+        if not body.echo:
+            return job
+        texts = [self._text.decode(prompt.ids) if prompt.text is None else prompt.text for prompt in job.prompts]
+        return msgspec.structs.replace(job, echo=texts)
+
+    async def tokenize(self, body: TokenizeRequest) -> list[int]:
+        """Raises InvalidRequest."""
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequest("give either prompt or messages", param="prompt")
+        if body.messages is not None:
+            return await self._encode_chat(body)
+        if not isinstance(body.prompt, str):
+            raise InvalidRequest(f"prompt is {shown(body.prompt)}; it must be a string", param="prompt")
+        return await self._encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+
+    # Parameters
+
+    def _params(self, body: SamplingBody, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Ranges are checked by `SamplingParams` itself; here what needs the model or the router's limits."""
+        if body.n is not None and body.n > self._config.max_n:
+            raise InvalidRequest(f"n is {body.n}; at most {self._config.max_n} are allowed (max_n)", param="n")
+        given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
+        params = SamplingParams(
+            **given,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            logit_bias=self._bias(body.logit_bias or {}),
+            structured_outputs=_constraint(body),
+        )
+        self._text.check_tokens(params.stop_token_ids, param="stop_token_ids")
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+        if body.stream and body.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+        return params
+
+    def _bias(self, given: dict[str, float]) -> dict[int, float]:
+        bias: dict[int, float] = {}
+        for key, value in given.items():
+            if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < self._info.vocab_size):
+                raise InvalidRequest(
+                    f"logit_bias has the key {key!r:.80}; keys are token ids from 0 to {self._info.vocab_size - 1}",
+                    param="logit_bias",
+                )
+            bias[int(key)] = value
+        return bias
+
+    # Prompts
+
+    async def _prompts(self, prompt: Any, *, add_special_tokens: bool) -> list[Prompt]:
+        """All four forms: text, texts, ids, lists of ids."""
+        if isinstance(prompt, str):
+            return [await self._prompt(prompt, "prompt", kind=str, add_special_tokens=add_special_tokens)]
+        if not isinstance(prompt, list) or not prompt:
+            raise InvalidRequest(
+                f"prompt is {shown(prompt)}; it must be a string, an array of strings, an array of token ids or an "
+                "array of arrays of token ids, and not empty",
+                param="prompt",
+            )
+        first: Any = prompt[0]
+        if not isinstance(first, str | list):
+            self._text.check_tokens(prompt)
+            return [Prompt(prompt)]
+        limit = self._config.max_prompts
+        if len(prompt) > limit:
+            raise InvalidRequest(f"prompt has {len(prompt)} prompts; at most {limit} are allowed", param="prompt")
+        return [
+            await self._prompt(item, f"prompt.{i}", kind=type(first), add_special_tokens=add_special_tokens)
+            for i, item in enumerate(prompt)
+        ]
+
+    async def _prompt(self, item: Any, where: str, *, kind: type, add_special_tokens: bool) -> Prompt:
+        if type(item) is not kind or not item:
+            what = "a string" if kind is str else "an array of token ids"
+            raise InvalidRequest(f"{where} is {shown(item)}; it must be {what}, and not empty", param="prompt")
+        if isinstance(item, str):
+            return Prompt(await self._encode(item, add_special_tokens=add_special_tokens), item)
+        self._text.check_tokens(item, param=where)
+        return Prompt(item)
+
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return await _off_loop(
+            lambda: self._text.encode_prompt(text, add_special_tokens=add_special_tokens), size=len(text)
+        )
+
+    async def _encode_chat(self, body: ChatRequest | TokenizeRequest) -> list[int]:
+        messages = read_messages(body.messages or [], limit=self._config.max_messages)
+        resume = bool(body.continue_final_message)
+        generate = not resume if body.add_generation_prompt is None else body.add_generation_prompt
+        if resume and generate:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+            )
+        return await _off_loop(
+            lambda: self._text.encode_chat(
+                messages,
+                add_generation_prompt=generate,
+                continue_final_message=resume,
+                template_kwargs=body.chat_template_kwargs or {},
+            ),
+            size=sum(len(message["content"]) for message in messages),
+        )
+
+    # Generations
+
+    def _job(
+        self,
+        prompts: list[Prompt],
+        body: SamplingBody,
+        params: SamplingParams,
+        *,
+        default: int | None,
+        id: str,
+        tenant: str,
+    ) -> Job:
+        prompts = [self._truncated(prompt, body.truncate_prompt_tokens, params.max_tokens or 0) for prompt in prompts]
+        limits = self._config
+        choices = len(prompts) * params.n
+        if choices > limits.max_choices:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts x n {params.n} are {choices} choices; at most {limits.max_choices} are "
+                "allowed (max_choices)",
+                param="n",
+            )
+        fitted = [self._fit(params, len(prompt.ids), default) for prompt in prompts]
+        total = sum((p.max_tokens or 0) * params.n for p in fitted)
+        if total > limits.max_total_tokens:
+            raise InvalidRequest(
+                f"prompts x n x max_tokens are {total} tokens; at most {limits.max_total_tokens} are allowed "
+                "(max_total_tokens)",
+                param="max_tokens",
+            )
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        timeout = self._timeout(body.timeout)
+        requests = [
+            GenerationRequest(
+                id=f"{id}-{i * params.n + j}",
+                prompt=prompt.ids,
+                params=fitted[i],
+                seed=choice_seed(seed, i, j),
+                tenant=tenant,
+                priority=body.priority or 0,
+                timeout_s=timeout,
+            )
+            for i, prompt in enumerate(prompts)
+            for j in range(params.n)
+        ]
+        wanted = body.prompt_logprobs is not None
+        return Job(prompts=prompts, requests=requests, n=params.n, prompt_logprobs=wanted)
+
+    def _truncated(self, prompt: Prompt, keep: int | None, max_tokens: int) -> Prompt:
+        """The prompt's last `keep` tokens; -1: as many as the context takes beside the answer."""
+        if keep is None:
+            return prompt
+        if keep != -1 and not 1 <= keep <= self._info.max_model_len:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens is {keep}; it must be -1 or 1 to {self._info.max_model_len}",
+                param="truncate_prompt_tokens",
+            )
+        keep = max(1, self._info.max_model_len - max(1, max_tokens)) if keep == -1 else keep
+        return prompt if len(prompt.ids) <= keep else Prompt(prompt.ids[-keep:])
+
+    def _fit(self, params: SamplingParams, num_prompt: int, default: int | None) -> SamplingParams:
+        """One log's parameters: n is 1, and max_tokens is a number that the context has room for."""
+        asked = params.max_tokens
+        self._text.check_length(num_prompt, asked)
+        room = self._info.max_model_len - num_prompt
+        if asked is None:
+            asked = room if default is None else min(default, room)
+        return _replace(params, n=1, seed=None, max_tokens=asked)
+
+    def _timeout(self, asked: float | None) -> float:
+        limit = self._config.max_timeout_s
+        if asked is not None and asked > limit:
+            raise InvalidRequest(f"timeout is {asked:g}; at most {limit:g} s are allowed", param="timeout")
+        return min(self._config.default_timeout_s, limit) if asked is None else asked
+
+
+def _constraint(body: SamplingBody) -> StructuredOutputs | None:
+    given = body.structured_outputs
+    wanted = None if body.response_format is None else _schema(body.response_format)
+    if given is None:
+        return wanted
+    if wanted is not None:
+        raise InvalidRequest("response_format and structured_outputs exclude each other", param="structured_outputs")
+    return StructuredOutputs(json=_text(given.json_), regex=given.regex, choice=given.choice, grammar=given.grammar)
+
+
+def _schema(wanted: ResponseFormat) -> StructuredOutputs | None:
+    if wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return StructuredOutputs(json='{"type":"object"}')
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        raise InvalidRequest(
+            "response_format of type json_schema needs json_schema.schema", param="response_format.json_schema.schema"
+        )
+    return StructuredOutputs(json=_text(wanted.json_schema.schema_))
+
+
+def _text(schema: dict[str, Any] | str | bool | None) -> str | None:
+    """A schema travels as text: JSON's integers may be longer than the wire's."""
+    return schema if schema is None or isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+
+
+def _replace(params: SamplingParams, **changes: Any) -> SamplingParams:
+    return msgspec.structs.replace(params, **changes)
+
+
+async def _off_loop(work: Callable[[], T], *, size: int) -> T:
+    return work() if size < _LONG_TEXT else await asyncio.to_thread(work)

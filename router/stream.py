@@ -1,0 +1,124 @@
+"""Station 1, the answer's way out: a flight as server-sent events, or as one body.
+
+A stream ends in exactly one way: the last piece and `[DONE]`, or an error event and `[DONE]`, or the client is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .body import ClientGone
+from .flight import Flight
+from .http import DONE, STREAM_HEADERS, error_event
+from .responses import Shape, Usage
+from .text import Piece, merge
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What one request gets: the flight that brings it and the shape it takes.
+
+    on_error: called where a stream ends with an error event; its status is 200 for ever.
+    """
+
+    flight: Flight
+    shape: Shape
+    usage: Callable[[], Usage]
+    include_usage: bool
+    send_timeout_s: float
+    on_error: Callable[[], None]
+
+
+async def respond(answer: Answer, receive: Receive, *, stream: bool) -> Response:
+    """The response. The flight is over when it returns, or is the stream's to end.
+
+    Raises:
+        ClientGone: nobody is there to answer. Exception: what ended the flight before the first byte of a 200.
+    """
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(answer.flight)
+        await stack.enter_async_context(_watching(receive, answer.flight))
+        if not stream:
+            return Response(await _whole(answer), media_type="application/json")
+        first = await anext(answer.flight)
+        return EventStream(answer, first, stack.pop_all())
+
+
+async def _whole(answer: Answer) -> bytes:
+    pieces: list[list[Piece]] = [[] for _ in answer.flight.choices]
+    async for ready in answer.flight:
+        for piece in ready:
+            pieces[piece.index].append(piece)
+    return answer.shape.whole([merge(parts) for parts in pieces], answer.usage())
+
+
+class EventStream(Response):
+    """Server-sent events, straight to ASGI: one send for whatever is ready."""
+
+    def __init__(self, answer: Answer, first: list[Piece], stack: AsyncExitStack) -> None:
+        super().__init__()
+        self._answer = answer
+        self._first = first
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            try:
+                await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+                await self._run(send)
+            except ClientGone:
+                return
+
+    async def _run(self, send: Send) -> None:
+        answer = self._answer
+        num_choices = len(answer.flight.choices)
+        await self._send(send, answer.shape.opening(num_choices) + self._chunks(self._first))
+        try:
+            async for ready in answer.flight:
+                if events := self._chunks(ready):
+                    await self._send(send, events)
+            tail = answer.shape.usage(answer.usage()) if answer.include_usage else b""
+        except ClientGone:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a terminal event
+            answer.on_error()
+            tail = error_event(error)
+        await self._send(send, tail + DONE, last=True)
+
+    async def _send(self, send: Send, data: bytes, *, last: bool = False) -> None:
+        """Raises ClientGone where the client has taken nothing for too long."""
+        try:
+            async with asyncio.timeout(self._answer.send_timeout_s):
+                await send({"type": "http.response.body", "body": data, "more_body": not last})
+        except TimeoutError:
+            raise ClientGone from None
+
+    def _chunks(self, ready: Sequence[Piece]) -> bytes:
+        shape = self._answer.shape
+        if len(ready) == 1:
+            return shape.chunk(ready[0])
+        grouped: dict[int, list[Piece]] = {}
+        for piece in ready:
+            grouped.setdefault(piece.index, []).append(piece)
+        return b"".join([shape.chunk(merge(pieces)) for pieces in grouped.values()])
+
+
+@asynccontextmanager
+async def _watching(receive: Receive, flight: Flight) -> AsyncIterator[None]:
+    """Fails the flight as soon as the client closes the connection. The body must have been read."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        flight.fail(ClientGone())
+
+    task = asyncio.get_running_loop().create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()

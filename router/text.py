@@ -1,0 +1,70 @@
+"""Station 4, on the way back: events become pieces of text, by `runtime/text.py` and off the engine's hot path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from ..runtime.generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from ..runtime.text import OutputText
+
+
+class Piece(msgspec.Struct):
+    """What one event added to one choice, as text. `index` counts choices over all prompts."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+def merge(pieces: Sequence[Piece]) -> Piece:
+    """Consecutive pieces of one choice as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    first, last = pieces[0], pieces[-1]
+    logprobs = [entry for piece in pieces for entry in piece.logprobs or ()]
+    return Piece(
+        first.index,
+        "".join([piece.text for piece in pieces]),
+        [token for piece in pieces for token in piece.tokens],
+        logprobs=logprobs if any(piece.logprobs is not None for piece in pieces) else None,
+        prompt_logprobs=next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None), None),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+    )
+
+
+class Choice:
+    """One log on its way to text."""
+
+    def __init__(self, index: int, request: GenerationRequest, output: OutputText) -> None:
+        self.index = index
+        self.request = request
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.finished = False
+        self.last_event: float | None = None  # when its last tokens came, on time.monotonic's clock
+        self._output = output
+
+    def take(self, event: TokenEvent) -> Piece:
+        """The event as text. A stop string ends the choice at the token that completed it, whatever came behind."""
+        self.num_cached_tokens = self.num_cached_tokens or event.num_cached_tokens
+        text, stop = self._output.push(event.tokens, event.finish_reason is not None)
+        used = self._output.num_tokens - self.num_tokens
+        self.num_tokens += used
+        reason = FinishReason.STOP if stop is not None else event.finish_reason
+        self.finished = reason is not None
+        return Piece(
+            self.index,
+            text,
+            event.tokens[:used],
+            logprobs=None if event.logprobs is None else event.logprobs[:used],
+            prompt_logprobs=event.prompt_logprobs,
+            finish_reason=None if reason is None else reason.value,
+            stop_reason=event.stop_reason if stop is None else stop,
+        )

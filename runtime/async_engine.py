@@ -1,0 +1,255 @@
+"""Around station 9: the engine in a thread of its own, its events as asynchronous streams.
+
+Two threads meet here. The loop's side (`generate`) puts streams into an inbox and reads what they are handed; the
+engine's side takes the inbox between steps and hands over a step's events with one call into each event loop. The
+engine and `_streams` belong to the engine's thread alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable
+
+from .engine import Engine
+from .errors import EngineDead, ShoalError, Unavailable
+from .generation import FinishReason, GenerationRequest, TokenEvent
+from .grammar import FREE, Constraint
+from .stats import Stats
+
+STATS_EVERY_S = 0.1
+
+
+class _Stream:
+    """One consumer of one log. Lives on the consumer's event loop, but for `num_sent`."""
+
+    def __init__(self, request: GenerationRequest, constraint: Constraint) -> None:
+        self.request = request
+        self.constraint = constraint
+        self.loop = asyncio.get_running_loop()
+        self.num_sent = len(request.tokens)  # tokens of the log that were handed over
+        self.abandoned = False  # by its consumer, before its end
+        self.ended = False
+        self._ready: list[TokenEvent] = []
+        self._refusal: ShoalError | None = None
+        self._wake = asyncio.Event()
+
+    def push(self, item: TokenEvent | ShoalError) -> None:
+        if isinstance(item, ShoalError):
+            self._refusal, self.ended = item, True
+        else:
+            self._ready.append(item)
+            self.ended = item.finish_reason is not None
+        self._wake.set()
+
+    async def take(self) -> list[TokenEvent]:
+        """All events that are there, at least one; raises if the request was refused."""
+        await self._wake.wait()
+        self._wake.clear()
+        if self._refusal is not None:
+            raise self._refusal
+        events, self._ready = self._ready, []
+        return events
+
+
+_Batch = list[tuple[_Stream, TokenEvent | ShoalError]]
+
+
+def _hand_over(batch: _Batch) -> None:
+    for stream, item in batch:
+        stream.push(item)
+
+
+class AsyncEngine:
+    """Serves many consumers from one `Engine`, whose steps run in a daemon thread from now on."""
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._lock = threading.Lock()  # of what may be posted, and whether it still will be read
+        self._coming: deque[_Stream] = deque()
+        self._leaving: deque[_Stream] = deque()
+        self._wake = threading.Event()
+        self._idle = threading.Event()
+        self._streams: dict[str, _Stream] = {}
+        self._draining = False
+        self._ends_rest = False
+        self._closing = False
+        self._death: EngineDead | None = None
+        self._busy = False
+        self.last_progress = clock()
+        self._stats = engine.stats()
+        self._stats_at = self.last_progress
+        self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
+        self._thread.start()
+
+    # The consumers' side
+
+    async def generate(
+        self, request: GenerationRequest, constraint: Constraint = FREE
+    ) -> AsyncGenerator[list[TokenEvent], None]:
+        """The log's events as they come, those that came together in one item; the last carries the finish reason.
+
+        Leaving early aborts the generation. If the engine dies, the last event says so.
+
+        Raises:
+            InvalidRequest, ContextTooLong, QueueFull, RowFailed: refused, on the first item.
+            Unavailable: draining. EngineDead: the engine had stopped before.
+        """
+        stream = self._post(request, constraint)
+        try:
+            while True:
+                events = await stream.take()
+                yield events
+                if events[-1].finish_reason is not None:
+                    return
+        finally:
+            if not stream.ended:
+                stream.abandoned = True
+                self._leaving.append(stream)
+                self._wake.set()
+
+    def _post(self, request: GenerationRequest, constraint: Constraint) -> _Stream:
+        with self._lock:
+            if self._death is not None:
+                raise EngineDead(str(self._death))
+            if self._draining:
+                raise Unavailable("the engine is draining and takes no more generations")
+            self._engine.check_queue(len(self._coming))
+            stream = _Stream(request, constraint)
+            self._coming.append(stream)
+            self._idle.clear()
+        self._wake.set()
+        return stream
+
+    def stats(self) -> Stats:
+        """How things stood a moment (`STATS_EVERY_S`, or one step) ago."""
+        return self._stats
+
+    def is_stuck(self, now: float | None = None, limit: float = 10.0) -> bool:
+        """Whether there is work and no step has ended for `limit` seconds. Alive without a step is dead."""
+        now = self._clock() if now is None else now
+        return self._busy and now - self.last_progress > limit
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine makes steps."""
+        return self._death is None and self._thread.is_alive() and not self.is_stuck()
+
+    @property
+    def ready(self) -> bool:
+        """Whether new generations are taken."""
+        return self.healthy and not self._draining
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more; let what is live end by itself until the deadline, then abort the rest."""
+        with self._lock:
+            self._draining = True
+        if await asyncio.to_thread(self._idle.wait, timeout_s):
+            return
+        self._ends_rest = True
+        self._wake.set()
+        await asyncio.to_thread(self._idle.wait, 1.0)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Abort what is live, end the thread and the ranks. Idempotent."""
+        self._draining = self._closing = True
+        self._wake.set()
+        self._thread.join(timeout_s)  # a step that hangs is left behind: the thread is a daemon
+        self._engine.close()
+
+    # The engine's side
+
+    def _run(self) -> None:
+        reason, error = FinishReason.ABORT, "the engine was closed"
+        try:
+            while not self._closing:
+                self._work()
+        except Exception as failure:  # noqa: BLE001 whatever it is, every consumer must hear of it
+            reason, error = FinishReason.ERROR, str(failure)
+        with self._lock:
+            self._death = EngineDead(error)
+            rest = [*self._streams.values(), *self._coming]
+        self._busy = False
+        self._streams.clear()
+        self._send((stream, _last_event(stream, reason, error)) for stream in rest if not stream.abandoned)
+        self._idle.set()
+
+    def _work(self) -> None:
+        """One step, or a rest where there is nothing to do."""
+        self._take_inbox()
+        if self._engine.has_work:
+            self._busy = True
+            self._deliver(self._engine.step())
+            self.last_progress = now = self._clock()
+            if now - self._stats_at >= STATS_EVERY_S:
+                self._publish_stats(now)
+            return
+        self._busy = False
+        self._publish_stats(self._clock())
+        with self._lock:
+            if not self._coming:
+                self._idle.set()
+        self._wake.wait()
+        self._wake.clear()
+        self.last_progress = self._clock()
+
+    def _take_inbox(self) -> None:
+        # An id may be used again once its consumer has left: what left before the last newcomer came leaves first.
+        num_coming = len(self._coming)
+        while self._leaving:
+            self._forget(self._leaving.popleft())
+        for _ in range(num_coming):
+            stream = self._coming.popleft()
+            if not stream.abandoned:
+                self._admit(stream)
+        if self._ends_rest:
+            self._ends_rest = False
+            self._deliver(self._engine.end_all(FinishReason.ABORT, error="the engine is shutting down"))
+
+    def _admit(self, stream: _Stream) -> None:
+        try:
+            self._engine.add(stream.request, stream.constraint)
+        except EngineDead:
+            raise
+        except ShoalError as refusal:
+            self._send([(stream, refusal)])
+        else:
+            self._streams[stream.request.id] = stream
+
+    def _forget(self, stream: _Stream) -> None:
+        if self._streams.get(stream.request.id) is stream:
+            del self._streams[stream.request.id]
+            self._engine.abort(stream.request.id)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        batch: _Batch = []
+        for event in events:
+            stream = self._streams[event.id]
+            stream.num_sent += len(event.tokens)
+            if event.finish_reason is not None:
+                del self._streams[event.id]
+            batch.append((stream, event))
+        self._send(batch)
+
+    def _send(self, items: Iterable[tuple[_Stream, TokenEvent | ShoalError]]) -> None:
+        """Hand items over with one call into each event loop (there is one, but in tests)."""
+        batches: dict[asyncio.AbstractEventLoop, _Batch] = {}
+        for stream, item in items:
+            batches.setdefault(stream.loop, []).append((stream, item))
+        for loop, batch in batches.items():
+            try:
+                loop.call_soon_threadsafe(_hand_over, batch)
+            except RuntimeError:  # the loop is closed: its consumers are gone without a word
+                for stream, _ in batch:
+                    self._forget(stream)
+
+    def _publish_stats(self, now: float) -> None:
+        self._stats = self._engine.stats()
+        self._stats_at = now
+
+
+def _last_event(stream: _Stream, reason: FinishReason, error: str) -> TokenEvent:
+    return TokenEvent(id=stream.request.id, start=stream.num_sent, tokens=[], finish_reason=reason, error=error)

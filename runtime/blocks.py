@@ -1,0 +1,152 @@
+"""The KV cache as plain numbers: which blocks are held, which are free, and which full ones can be found by content.
+
+A block is a page number; the tensors behind it live in `kv.py`. Every block is in exactly one of three states:
+
+    held     references > 0                       by that many sequences; found by content if it has a digest
+    cached   references 0 and a digest            kept for who asks next, evicted oldest first
+    blank    references 0 and no digest           taken first
+
+A full block is named by a SHA-256 chain over everything before it and in it, and the chain starts from a secret
+per-tenant salt: equal names mean equal content of the same tenant. What is not full is never named, so nobody ever
+writes into a block that somebody else may read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+
+Digest = bytes
+
+
+def tenant_salt(secret: bytes, tenant: str) -> Digest:
+    """What the first block's name is chained to. Without the secret nobody can tell what a tenant has cached."""
+    return hmac.digest(secret, tenant.encode(), "sha256")
+
+
+class BlockNames:
+    """The digests of one log's full blocks, each made once and only when it is asked for."""
+
+    __slots__ = ("_digests", "_pack", "_salt", "_size", "_tokens")
+
+    def __init__(self, tokens: list[int], *, salt: Digest, block_size: int) -> None:
+        """`tokens` is the live log: it may grow, what is in it never changes."""
+        self._tokens = tokens
+        self._salt = salt
+        self._size = block_size
+        self._pack = struct.Struct(f"<{block_size}I").pack
+        self._digests: list[Digest] = []
+
+    def __getitem__(self, index: int) -> Digest:
+        """The name of block `index`, whose tokens must all be there."""
+        digests = self._digests
+        while len(digests) <= index:
+            first = len(digests) * self._size
+            content = self._pack(*self._tokens[first : first + self._size])
+            digests.append(hashlib.sha256((digests[-1] if digests else self._salt) + content).digest())
+        return digests[index]
+
+    def first(self, count: int) -> Iterable[Digest]:
+        """The names of the first `count` blocks, made one by one."""
+        return (self[index] for index in range(count))
+
+
+class BlockPool:
+    """Reference counts, the content index and the order of eviction. Every operation is O(1) a block."""
+
+    def __init__(self, num_blocks: int, *, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._references = [0] * num_blocks
+        self._digests: list[Digest | None] = [None] * num_blocks
+        self._by_digest: dict[Digest, int] = {}
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds: blank or cached."""
+        return len(self._blank) + len(self._cached)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def match(self, digests: Iterable[Digest]) -> list[int]:
+        """Take a reference on each block of the longest prefix of `digests` that is known."""
+        found = []
+        for digest in digests:
+            block = self._by_digest.get(digest)
+            if block is None:
+                break
+            if self._references[block] == 0:
+                del self._cached[block]
+            self._references[block] += 1
+            found.append(block)
+        return found
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks of no known content, with one reference each. At least `count` must be free."""
+        assert count <= self.num_free, "the caller looks at num_free first"
+        taken = []
+        for _ in range(count):
+            block = self._blank.pop() if self._blank else self._evict()
+            self._references[block] = 1
+            taken.append(block)
+        return taken
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        self._forget(block)
+        return block
+
+    def release(self, blocks: list[int]) -> None:
+        """Give back one reference on each block, of one sequence in order.
+
+        The last one goes first and is so evicted first: a prefix without its tail is still of use, not the reverse.
+        """
+        for block in reversed(blocks):
+            references = self._references[block] - 1
+            assert references >= 0, "a block was released twice"
+            self._references[block] = references
+            if references == 0:
+                if self._digests[block] is None:
+                    self._blank.append(block)
+                else:
+                    self._cached[block] = None
+
+    def publish(self, block: int, digest: Digest) -> None:
+        """Let a held, full block be found by its content. Of two equal blocks the first keeps the name."""
+        if digest not in self._by_digest and self._digests[block] is None:
+            self._by_digest[digest] = block
+            self._digests[block] = digest
+
+    def forget(self, blocks: list[int]) -> None:
+        """Let held blocks be found no more: their content is in doubt."""
+        for block in blocks:
+            if self._digests[block] is not None:
+                self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        digest = self._digests[block]
+        assert digest is not None
+        del self._by_digest[digest]
+        self._digests[block] = None
+
+    def check(self, holders: Iterable[list[int]]) -> None:
+        """Assert every invariant, given what each holder believes to hold. For tests: O(blocks)."""
+        held = Counter(block for blocks in holders for block in blocks)
+        assert all(self._references[block] == held[block] for block in range(self.num_blocks)), (
+            "references are not the holders"
+        )
+        free = [*self._blank, *self._cached]
+        assert len(set(free)) == len(free), "a block is free twice"
+        assert set(free) == set(range(self.num_blocks)) - set(held), "free is not what nobody holds"
+        named = {digest: block for block, digest in enumerate(self._digests) if digest is not None}
+        assert named == self._by_digest, "the index is not the blocks' names"
+        assert len(named) == sum(digest is not None for digest in self._digests), "two blocks have one name"
+        assert all(self._digests[block] is None for block in self._blank), "a blank block has a name"
+        assert all(self._digests[block] is not None for block in self._cached), "a cached block has no name"

@@ -1,0 +1,175 @@
+"""The decoder of all dense families: entry, blocks, exit. Built by `loader.py`; `forward` is the whole step.
+
+How families differ is settled when the parts are put together: a block holds callables, never a flag. Calls cost as
+much as small kernels do, so each part does as few of them as it can. Shape letters are those of `kernels/ops.py`.
+
+A block's output is not added to the residual at once. It travels as `delta` to the next norm, which adds and
+normalises in one kernel.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ...kernels.ops import AttentionBatch, AttentionSpec, KVLayer, Ops
+from ...parallel.comm import Comm
+from ...parallel.linear import Layer
+from ...parallel.stage import Embed, Head
+from .spec import ModelSpec
+
+Enter = Callable[[Tensor, Tensor], Tensor]
+"""(delta, residual) -> the next part's input. Adds delta to the residual, in place."""
+
+Normalise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(q_THE, k_TKE) -> the same, normalised."""
+
+Rotate = Callable[[Tensor, Tensor, Tensor], None]
+"""(q_THE, k_TKE, positions_T): rotates in place."""
+
+
+class Step(NamedTuple):
+    """What all layers share in one step."""
+
+    positions_T: Tensor
+    slots_T: Tensor
+    attention: AttentionBatch
+
+
+class Block(Protocol):
+    """One layer. Takes the former block's delta and gives its own; the residual is updated in place."""
+
+    def __call__(self, delta_TD: Tensor, residual_TD: Tensor, step: Step, cache: KVLayer) -> Tensor: ...
+
+
+class Heads(NamedTuple):
+    """This rank's heads."""
+
+    num_query: int
+    num_kv: int
+    dim: int
+
+
+class Attention:
+    """Fused QKV, optional norms of Q and K, rotation, the paged cache, and the output projection."""
+
+    __slots__ = ("_dim", "_normalise", "_ops", "_out", "_qkv", "_rotate", "_spec", "_split", "_total")
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        *,
+        ops: Ops,
+        heads: Heads,
+        qkv: Layer,
+        out: Layer,
+        normalise: Normalise,
+        rotate: Rotate,
+    ) -> None:
+        self._spec = spec
+        self._ops = ops
+        self._split = (heads.num_query, heads.num_kv, heads.num_kv)
+        self._total = sum(self._split)
+        self._dim = heads.dim
+        self._qkv = qkv
+        self._out = out
+        self._normalise = normalise
+        self._rotate = rotate
+
+    def __call__(self, x_TD: Tensor, step: Step, cache: KVLayer) -> Tensor:
+        qkv_TNE = self._qkv(x_TD).view(x_TD.shape[0], self._total, self._dim)
+        q_THE, k_TKE, v_TKE = qkv_TNE.split_with_sizes(self._split, dim=1)
+        q_THE, k_TKE = self._normalise(q_THE, k_TKE)
+        self._rotate(q_THE, k_TKE, step.positions_T)
+        self._ops.write_kv(k_TKE, v_TKE, cache, step.slots_T)
+        return self._out(self._ops.attention(q_THE, cache, step.attention, self._spec).flatten(1))
+
+
+class SequentialBlock:
+    """x += attention(x); x += mlp(x), with whatever norms before and after."""
+
+    __slots__ = ("_attention", "_before_attention", "_before_mlp", "_mlp")
+
+    def __init__(self, *, before_attention: Enter, attention: Attention, before_mlp: Enter, mlp: Layer) -> None:
+        self._before_attention = before_attention
+        self._attention = attention
+        self._before_mlp = before_mlp
+        self._mlp = mlp
+
+    def __call__(self, delta_TD: Tensor, residual_TD: Tensor, step: Step, cache: KVLayer) -> Tensor:
+        attended_TD = self._attention(self._before_attention(delta_TD, residual_TD), step, cache)
+        return self._mlp(self._before_mlp(attended_TD, residual_TD))
+
+
+class ParallelBlock:
+    """x += attention(x) + mlp(x). Both give partial sums, so a layer needs one all-reduce."""
+
+    __slots__ = ("_attention", "_before_attention", "_before_mlp", "_comm", "_mlp")
+
+    def __init__(
+        self, *, before_attention: Enter, attention: Attention, before_mlp: Enter, mlp: Layer, comm: Comm
+    ) -> None:
+        """before_mlp: (the attention's input, residual) -> the MLP's input; here it adds nothing."""
+        self._before_attention = before_attention
+        self._attention = attention
+        self._before_mlp = before_mlp
+        self._mlp = mlp
+        self._comm = comm
+
+    def __call__(self, delta_TD: Tensor, residual_TD: Tensor, step: Step, cache: KVLayer) -> Tensor:
+        x_TD = self._before_attention(delta_TD, residual_TD)
+        mlp_TD = self._mlp(self._before_mlp(x_TD, residual_TD))
+        return self._comm.all_reduce(self._attention(x_TD, step, cache).add_(mlp_TD))
+
+
+class Decoder:
+    """A stage's share of a model: the layers `layers`, the entry if they are the first, the exit if the last.
+
+    Runs under `torch.inference_mode`. The cache has one `KVLayer` for each of the stage's layers, in order.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        layers: range,
+        blocks: Sequence[Block],
+        entry: Embed | None,
+        exit: Head | None,
+        weight_bytes: int = 0,
+    ) -> None:
+        self.spec = spec
+        self.layers = layers
+        self.weight_bytes = weight_bytes
+        self._blocks = tuple(blocks)
+        self._entry = entry
+        self._exit = exit
+
+    def forward(
+        self,
+        token_ids_T: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        attention: AttentionBatch,
+        kv: Sequence[KVLayer],
+    ) -> Tensor:
+        """Hidden states [T, D] before the final norm, of a model in one stage."""
+        return self.run(self.embed(token_ids_T, positions_T), Step(positions_T, slots_T, attention), kv)
+
+    def embed(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        """Hidden states [T, D] that enter the first layer. Fresh."""
+        assert self._entry is not None, "only the first stage embeds"
+        return self._entry(token_ids_T, positions_T)
+
+    def run(self, residual_TD: Tensor, step: Step, kv: Sequence[KVLayer]) -> Tensor:
+        """This stage's layers. Overwrites its argument and returns it."""
+        delta_TD = torch.zeros_like(residual_TD)  # adding it changes nothing and spares the first layer a special case
+        for block, cache in zip(self._blocks, kv, strict=True):
+            delta_TD = block(delta_TD, residual_TD, step, cache)
+        return residual_TD.add_(delta_TD)
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """[R, V] float32, fresh: final norm, head, scale, softcap. Asked only for rows that need it."""
+        assert self._exit is not None, "only the last stage has a head"
+        return self._exit(hidden_RD)

@@ -1,0 +1,398 @@
+"""Decides what each step computes, and turns what comes back into events. Pure: no I/O, no threads, no wall clock.
+
+It knows no phases. A sequence has tokens that exist and tokens that are computed, and each step lets the first be
+caught up with under one token budget: rows that lack one token first, so that running answers flow evenly, then whoever
+lacks more, running or waiting, in the policy's order. Chunked prompts, prefix hits, preemption and resume all follow.
+
+A sequence is admitted when the pool holds all its known tokens, so only the growth of answers can run out of blocks.
+Then the last in the policy's order is preempted: it keeps what it said and computes it again later. The first in the
+order never gives way, so some sequence always goes on, and each in its turn becomes the first.
+
+Several plans may be in flight. Ranks execute plans in order, so a block or slot given up now may be used by
+the very next plan; only results must be told apart, by the sequence's epoch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from operator import attrgetter
+
+from .blocks import BlockNames, BlockPool, tenant_salt
+from .draft import Draft, Row
+from .errors import InvalidRequest, QueueFull, RowFailed
+from .generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from .grammar import FREE, Constraint
+from .plan import StepPlan, StepResult
+from .policy import Policy
+from .sequence import Ending, Limits, Sequence, check_request
+from .stats import Counters
+
+_by_key = attrgetter("key")
+_NEVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A plan whose result is not back: whose its slices are."""
+
+    step: int
+    rows: list[Row]
+
+
+class Scheduler:
+    """All live generations of one engine: `_waiting` and `_running`, both in the policy's order."""
+
+    def __init__(
+        self, limits: Limits, *, pool: BlockPool, policy: Policy, clock: Callable[[], float], secret: bytes
+    ) -> None:
+        """`secret` salts the names of blocks; `clock` gives seconds and never goes back."""
+        self.limits = limits
+        self.pool = pool
+        self.counters = Counters()
+        self._policy = policy
+        self._clock = clock
+        self._secret = secret
+        self._arrivals = count()
+        self._live: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._flights: deque[_Flight] = deque()
+        self._num_steps = 0
+        self._next_deadline = _NEVER
+        self._events: list[TokenEvent] = []
+
+    # What comes in
+
+    def add(self, request: GenerationRequest, constraint: Constraint = FREE) -> None:
+        """Take in a log. `constraint` stands behind `request.tokens`. A log that has ended already ends at once.
+
+        Raises:
+            InvalidRequest, ContextTooLong: it could never run. QueueFull: `max_queued` wait already.
+            RowFailed: the constraint gave up.
+        """
+        limit = check_request(request, self.limits, cache_tokens=self.pool.num_blocks * self.pool.block_size)
+        if request.id in self._live:
+            raise InvalidRequest(f"a generation with the id {request.id!r:.80} is live", param="id")
+        self.check_queue()
+        seq = self._sequence(request, constraint, limit)
+        ending = seq.ending()
+        if ending is None:
+            seq.mask = constraint.mask()
+        self._live[request.id] = seq
+        insort(self._waiting, seq, key=_by_key)
+        self._next_deadline = min(self._next_deadline, seq.deadline)
+        if ending is not None:
+            self._end(seq, ending)
+
+    def check_queue(self, num_coming: int = 0) -> None:
+        """Reads three numbers, so any thread may ask. `num_coming`: requests on their way to `add`.
+
+        Raises:
+            QueueFull: as many wait as may, and no slot is free for one more.
+        """
+        waiting = len(self._waiting) + num_coming
+        blocked = any(seq.blocks_short_of > 0 for seq in self._waiting[:1])
+        no_place = blocked or waiting + len(self._running) >= self.limits.max_num_seqs
+        if waiting >= self.limits.max_queued and no_place:
+            raise QueueFull(
+                f"{waiting} generations wait and {len(self._running)} run; "
+                f"at most {self.limits.max_queued} may wait (--max-queued)"
+            )
+
+    def _sequence(self, request: GenerationRequest, constraint: Constraint, limit: int) -> Sequence:
+        params, limits = request.params, self.limits
+        tokens = [*request.prompt, *request.tokens]
+        salt = tenant_salt(self._secret, request.tenant)
+        # A log with output has had its prompt's logprobs delivered with its first event.
+        wants_prompt_logprobs = params.prompt_logprobs is not None and not request.tokens
+        return Sequence(
+            request=request,
+            key=self._policy.key(request, next(self._arrivals)),
+            limit=limit,
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else limits.eos_token_ids),
+            constraint=constraint,
+            names=BlockNames(tokens, salt=salt, block_size=self.pool.block_size),
+            tokens=tokens,
+            deadline=_NEVER if request.timeout_s is None else self._clock() + request.timeout_s,
+            prompt_logprobs=[None] if wants_prompt_logprobs else None,
+        )
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """End a live log now and give its terminal event, which nobody else will get; None if there is no such log."""
+        seq = self._live.get(request_id)
+        if seq is not None:
+            self._end(seq, Ending(FinishReason.ABORT))
+        last = [event for event in self._events if event.id == request_id]
+        self._events = [event for event in self._events if event.id != request_id]
+        return last[-1] if last else None
+
+    def end_all(self, ending: Ending) -> list[TokenEvent]:
+        """End every live log in the same way, and give all events that are not yet delivered."""
+        for seq in list(self._live.values()):
+            self._end(seq, ending)
+        return self.take_events()
+
+    def take_events(self) -> list[TokenEvent]:
+        """Events since they were last taken."""
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything: a log is live, a plan is out, or an event is not taken."""
+        return bool(self._live or self._flights or self._events)
+
+    def tokens_owed(self) -> int:
+        """The most that live logs may still cost. O(live)."""
+        return sum(seq.limit - seq.num_computed for seq in self._live.values())
+
+    # What goes out
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, counted as done from here on; None if nothing can be planned before a result is back."""
+        self._expire()
+        self._make_room()
+        draft = Draft(self._num_steps, self.limits.max_num_batched_tokens)
+        self._plan_rest(draft, self._plan_singles(draft))
+        if not draft.rows:
+            return None
+        self._num_steps += 1
+        self._flights.append(_Flight(draft.step, draft.rows))
+        return draft.plan()
+
+    def _expire(self) -> None:
+        now = self._clock()
+        if now < self._next_deadline:
+            return
+        for seq in [seq for seq in self._live.values() if seq.deadline <= now]:
+            error = f"the deadline of {seq.request.timeout_s} s has passed"
+            self._end(seq, Ending(FinishReason.TIMEOUT, error=error))
+        self._next_deadline = min((seq.deadline for seq in self._live.values()), default=_NEVER)
+
+    def _make_room(self) -> None:
+        """A waiting sequence of a lower class takes the place of the last running ones."""
+        while self._waiting and self._running:
+            first, last = self._waiting[0], self._running[-1]
+            if first.key[0] >= last.key[0]:
+                return
+            blocks = self._take_blocks(first) if self._free_slots else None
+            if blocks is not None:
+                self.pool.release([*blocks[0], *blocks[1]])
+                return
+            self._preempt(last)
+
+    def _plan_singles(self, draft: Draft) -> list[Sequence]:
+        """Plan running sequences that lack one token; give those that lack more."""
+        running, behind = self._running, []
+        # Spread over the micro-batches, or one plan gets all rows and the others wait for it.
+        most = -(-len(running) // self.limits.num_microbatches)
+        index = 0
+        while index < len(running) and draft.budget:  # _grow takes away sequences behind `index`, no others
+            seq = running[index]
+            index += 1
+            num_todo = seq.num_todo
+            if num_todo > 1:
+                behind.append(seq)
+            elif num_todo == 1 and len(draft.singles) < most and self._is_ready(seq) and self._grow(draft, seq):
+                self._plan(draft, seq, 1)
+        return behind
+
+    def _is_ready(self, seq: Sequence) -> bool:
+        if seq.num_pending == 0:
+            return True
+        return seq.free and self._num_steps - seq.last_drawn >= self.limits.num_microbatches
+
+    def _grow(self, draft: Draft, seq: Sequence) -> bool:
+        """See that the sequence has a block for one more token; False if it had to give way itself."""
+        if seq.num_computed < len(seq.blocks) * self.pool.block_size:
+            return True
+        while self.pool.num_free == 0:
+            victim = self._running[-1]
+            draft.out_of_blocks = True
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        grown = self.pool.allocate(1)
+        seq.blocks += grown
+        draft.blocks.append((seq.slot, grown))
+        return True
+
+    def _plan_rest(self, draft: Draft, behind: list[Sequence]) -> None:
+        """Spend what is left of the budget on running and waiting sequences in the policy's order."""
+        admits = not draft.out_of_blocks
+        index = 0
+        while draft.budget:
+            seq = behind[index] if index < len(behind) else None
+            if admits and self._waiting and (seq is None or self._waiting[0].key < seq.key):
+                seq = self._waiting[0]
+                admits = self._admit(draft, seq)
+                if not admits:
+                    continue
+            elif seq is None:
+                return
+            else:
+                index += 1
+            self._plan(draft, seq, min(seq.num_todo, draft.budget))
+
+    def _plan(self, draft: Draft, seq: Sequence, num_tokens: int) -> None:
+        draft.advance(seq, num_tokens)
+        # Known tokens may be found at once, even by this step: a layer stores all its keys before it reads any.
+        if num_tokens > 1:
+            self._publish(seq)
+
+    def _publish(self, seq: Sequence) -> None:
+        """Name the blocks that are full of known, computed tokens."""
+        num_full = min(seq.num_computed, len(seq.tokens)) // self.pool.block_size
+        if self.limits.prefix_caching:
+            for index in range(seq.num_published, num_full):
+                self.pool.publish(seq.blocks[index], seq.names[index])
+        seq.num_published = max(seq.num_published, num_full)
+
+    # Into a slot and out of it
+
+    def _admit(self, draft: Draft, seq: Sequence) -> bool:
+        """Give the first waiting sequence a slot and blocks for all its tokens, if there are."""
+        blocks = self._take_blocks(seq) if self._free_slots else None
+        if blocks is None:
+            return False
+        found, blank = blocks
+        seq.blocks = found + blank
+        seq.num_published = len(found)
+        seq.num_computed = len(found) * self.pool.block_size
+        seq.slot = self._free_slots.pop()
+        del self._waiting[0]
+        insort(self._running, seq, key=_by_key)
+        if not seq.was_admitted:
+            seq.was_admitted = True
+            seq.num_cached = min(seq.num_computed, seq.prompt_len)
+            self.counters.prompt_tokens += seq.prompt_len
+            self.counters.prefix_query_tokens += len(seq.tokens)
+            self.counters.prefix_hit_tokens += seq.num_computed
+        draft.admit(seq)
+        return True
+
+    def _take_blocks(self, seq: Sequence) -> tuple[list[int], list[int]] | None:
+        """Blocks for all known tokens, those found by content and those not; None if there are too few.
+
+        One block for each running sequence is left to grow into, lest the newcomer is preempted at once.
+        """
+        pool, reserve = self.pool, len(self._running)
+        if pool.num_free < seq.blocks_short_of + reserve:
+            return None
+        num_free = pool.num_free
+        found: list[int] = []
+        if self.limits.prefix_caching and not seq.reads_prompt_logprobs:
+            # At least the last token is computed, whatever is known: its logits draw the next.
+            found = pool.match(seq.names.first((len(seq.tokens) - 1) // pool.block_size))
+        needed = pool.blocks_for(len(seq.tokens)) - len(found)
+        if needed + reserve > pool.num_free:
+            seq.blocks_short_of = needed + num_free - pool.num_free
+            pool.release(found)
+            return None
+        seq.blocks_short_of = 0
+        return found, pool.allocate(needed)
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back into the queue, to be computed again; in front of all that came after it."""
+        self._leave_slot(seq)
+        insort(self._waiting, seq, key=_by_key)
+        self.counters.preemptions += 1
+
+    def _leave_slot(self, seq: Sequence) -> None:
+        _take_out(self._running, seq)
+        self.pool.release(seq.blocks)
+        self._free_slots.append(seq.slot)
+        seq.leave()
+
+    # What comes back
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Take in the result of the oldest plan in flight; gives every event since the last were taken."""
+        flight = self._flights.popleft()
+        assert flight.step == plan.step == result.step, "results come in the order of their plans"
+        tokens = iter(result.tokens)
+        logprobs = iter(result.logprobs or ())
+        for part, (seq, epoch) in zip(plan.slices, flight.rows, strict=True):
+            token = next(tokens) if part.samples else None
+            logprob = next(logprobs, None) if part.samples else None
+            if seq.epoch != epoch:
+                continue  # it has ended or given way since
+            if part.slot in result.prompt_logprobs:
+                seq.add_prompt_logprobs(part.start, result.prompt_logprobs[part.slot])
+            if token is not None:
+                self._append(seq, token, logprob)
+            elif part.start + part.count == seq.limit:
+                self._end(seq, Ending(FinishReason.LENGTH))  # max_tokens is 0: the prompt was all
+        return self.take_events()
+
+    def _append(self, seq: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        seq.num_pending -= 1
+        if token < 0:
+            self.pool.forget(seq.blocks)  # nobody else shall read what led here
+            self._end(seq, Ending(FinishReason.ERROR, error="the logits were not finite"))
+            return
+        seq.tokens.append(token)
+        self.counters.generation_tokens += 1
+        self._publish(seq)
+        ending = seq.ending() if seq.free else self._advance(seq, token)
+        if ending is None:
+            self._events.append(seq.say([token], logprob, None))
+        else:
+            self._end(seq, ending, token, logprob)
+
+    def _advance(self, seq: Sequence, token: int) -> Ending | None:
+        """Take the token into the constraint, and have the next mask ready."""
+        if token in seq.stop_ids:
+            return seq.ending()
+        try:
+            seq.constraint.advance(token)
+            ending = seq.ending()
+            if ending is None:
+                seq.mask = seq.constraint.mask()
+        except RowFailed as failure:
+            return Ending(FinishReason.ERROR, error=str(failure))
+        return ending
+
+    def _end(
+        self, seq: Sequence, ending: Ending, token: int | None = None, logprob: TokenLogprob | None = None
+    ) -> None:
+        """The log's terminal event, with its last token if this step drew it; the sequence leaves everything."""
+        self._events.append(seq.say([] if token is None else [token], logprob, ending))
+        del self._live[seq.request.id]
+        if seq.slot >= 0:
+            self._leave_slot(seq)
+        else:
+            _take_out(self._waiting, seq)
+        reason = ending.reason.value
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+
+    def check(self) -> None:
+        """Assert every invariant. For tests: O(everything)."""
+        self.pool.check([seq.blocks for seq in self._running])
+        for queue in (self._waiting, self._running):
+            assert [seq.key for seq in queue] == sorted({seq.key for seq in queue}), "a queue is out of order"
+        queued = [seq.request.id for seq in (*self._waiting, *self._running)]
+        assert sorted(queued) == sorted(self._live), "a live sequence is not in exactly one queue"
+        slots = [*self._free_slots, *(seq.slot for seq in self._running)]
+        assert sorted(slots) == list(range(self.limits.max_num_seqs)), "a slot is lost, or has two holders"
+        for seq in self._live.values():
+            seq.check(self.pool.block_size)
+
+
+def _take_out(queue: list[Sequence], seq: Sequence) -> None:
+    index = bisect_left(queue, seq.key, key=_by_key)
+    assert queue[index] is seq, "the sequence is not in this queue"
+    del queue[index]

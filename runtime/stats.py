@@ -1,0 +1,49 @@
+"""What an engine has done and is doing, as plain numbers; the router turns them into metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals the scheduler keeps as it goes."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine at one moment. The first part are gauges, the second totals since the start.
+
+    tokens_owed: the most that live generations may still cost: tokens to compute, prompt and output.
+    prefix_query_tokens, prefix_hit_tokens: tokens looked up in the prefix cache, and found there.
+    host_s, device_s: seconds spent scheduling and updating, and seconds the ranks reported.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_held: int = 0
+    tokens_owed: int = 0
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    finished: dict[str, int] = {}
+    steps: int = 0
+    host_s: float = 0.0
+    device_s: float = 0.0
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks that somebody holds, 0 to 1."""
+        return self.num_blocks_held / self.num_blocks if self.num_blocks else 0.0

@@ -1,0 +1,121 @@
+"""Compiles every kernel for a GPU that need not be there: a script, run by test_compile.py in a process of its own.
+
+    python compile_check.py CAPABILITY CASE...
+
+Triton compiles where it would launch: a driver that only names its target stands in for CUDA, and launches end once the
+binary is made. Prints one line a kernel: its name and bytes of shared memory.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, KVLayer, SamplingBatch
+from shoal.kernels.triton_ops import TritonOps
+
+CPU = torch.device("cpu")
+
+
+class NamingDriver:
+    """What Triton asks of a driver until a kernel is launched."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def only_compile() -> None:
+    """Make every launch end with its binary made, and print what that needs."""
+    launch = triton.runtime.jit.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["warmup"] = True
+        kernel = launch(self, *args, **kwargs)
+        sys.stdout.write(f"{self.fn.__name__} {kernel.metadata.shared}\n")
+        return kernel
+
+    triton.runtime.jit.JITFunction.run = compile_only
+
+
+def attention(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, spec: AttentionSpec) -> None:
+    """A mixed step: two decodes, one of them long enough to be split, and a prefill."""
+    query_lens, kv_lens = (1, 1, 70), (5, 4000, 70)
+    cache = KVLayer(*(torch.zeros(80, kv_heads, 64, dim, dtype=dtype) for _ in range(2)))
+    batch = AttentionBatch(
+        torch.tensor([0, 1, 2, 72], dtype=torch.int32),
+        torch.tensor(kv_lens, dtype=torch.int32),
+        torch.zeros(3, 64, dtype=torch.int32),
+        2,
+        70,
+        4000,
+        query_lens,
+        kv_lens,
+    )
+    TritonOps(CPU).attention(torch.zeros(72, heads, dim, dtype=dtype), cache, batch, spec)
+
+
+def elementwise(dtype: torch.dtype) -> None:
+    ops = TritonOps(CPU)
+    x, weight, qkv = torch.zeros(4, 4096, dtype=dtype), torch.zeros(4096), torch.zeros(4, 48, 128, dtype=dtype)
+    q, k, v = qkv.split([32, 8, 8], dim=1)
+    ops.rms_norm(x, weight, eps=1e-5)
+    ops.rms_norm(q, torch.zeros(128), eps=1e-5)
+    ops.add_rms_norm(x, x, weight, eps=1e-5)
+    ops.layer_norm(x, weight, None, eps=1e-5)
+    ops.add_layer_norm(x, x, weight, weight, eps=1e-5)
+    for interleaved in (False, True):
+        ops.rope(q, k, torch.zeros(4, dtype=torch.int64), torch.zeros(9, 128), interleaved=interleaved)
+    for activation in Activation:
+        ops.gated_activation(x, activation)
+        ops.activation(x, activation)
+    cache = KVLayer(torch.zeros(9, 8, 64, 128, dtype=dtype), torch.zeros(9, 8, 64, 128, dtype=dtype))
+    ops.write_kv(k, v, cache, torch.zeros(4, dtype=torch.int64))
+
+
+def sampling(dtype: torch.dtype, *, greedy: bool, filtered: bool) -> None:
+    ops, logits = TritonOps(CPU), torch.zeros(2, 128256, dtype=dtype)
+    floats, longs = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    batch = SamplingBatch(floats, floats.int(), floats, floats, longs, longs, greedy, filtered, filtered, filtered)
+    ops.sample(logits, batch)
+    ops.logprobs(logits, longs, 2)
+
+
+def run(case: str) -> None:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    plain, capped = AttentionSpec(0.1), AttentionSpec(0.1, window=4096, softcap=50.0)
+    match case:
+        case "elementwise":
+            elementwise(bf16)
+        case "sampling":
+            sampling(fp32, greedy=False, filtered=True)
+            sampling(bf16, greedy=True, filtered=False)
+        case "attention":
+            attention(bf16, 32, 8, 128, plain)
+        case "attention-wide":
+            attention(fp16, 8, 4, 256, capped)
+        case "attention-odd":
+            attention(bf16, 9, 3, 80, plain)
+        case "attention-fp32":
+            attention(fp32, 8, 8, 128, plain)
+            attention(fp32, 4, 1, 256, capped)
+        case "noise":
+            sampling(fp32, greedy=False, filtered=False)
+
+
+if __name__ == "__main__":
+    driver.set_active(NamingDriver(int(sys.argv[1])))
+    only_compile()
+    for name in sys.argv[2:]:
+        run(name)

@@ -1,0 +1,76 @@
+"""Shards of one model, run in lockstep in one process, together give the whole model's logits."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from .support import PagedRun, prompts_of
+
+CASES = {
+    "llama 9:3 heads at 2": ("llama", 2, {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}),
+    "llama 9:3 heads at 3": ("llama", 3, {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}),
+    "llama 9:3 heads at 5": ("llama", 5, {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}),
+    "llama tied, biases": ("llama", 2, {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama, columns that no unit divides": ("llama", 3, {"intermediate_size": 71}),
+    "qwen2": ("qwen2", 2, {}),
+    "qwen3": ("qwen3", 3, {"head_dim": 16}),
+    "gemma3, one kv head": ("gemma3_text", 2, {"head_dim": 16, "num_key_value_heads": 1, "sliding_window": 6}),
+    "gpt2: stacked, transposed": ("gpt2", 2, {"num_key_value_heads": 6}),
+    "phi3: stacked": ("phi3", 2, {}),
+    "gpt_neox: grouped, parallel": ("gpt_neox", 3, {"num_key_value_heads": 6}),
+    "cohere: parallel, norms of heads": ("cohere", 2, {"use_qk_norm": True}),
+    "olmo2: norm over all heads": ("olmo2", 2, {}),
+    "olmo2: norm over copied kv heads": ("olmo2", 5, {}),
+}
+
+
+class Lockstep:
+    """What the shards of one group share: whoever calls waits for all."""
+
+    def __init__(self, size):
+        self.barrier = threading.Barrier(size, timeout=30)
+        self.given = [None] * size
+
+    def exchange(self, shard, x):
+        self.given[shard] = x.clone()
+        self.barrier.wait()
+        given = torch.stack(self.given)
+        self.barrier.wait()
+        return given
+
+
+class LockstepComm:
+    def __init__(self, group, shard):
+        self.group, self.shard, self.size = group, shard, group.barrier.parties
+
+    def all_reduce(self, x):
+        return x.copy_(self.group.exchange(self.shard, x).sum(0))
+
+    def all_reduce_max(self, x):
+        return x.copy_(self.group.exchange(self.shard, x).amax(0))
+
+    def all_gather(self, x):
+        return self.group.exchange(self.shard, x)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shards_agree_with_transformers(case, tiny):
+    model_type, size, changes = CASES[case]
+    made = tiny(model_type, **changes)
+    group = Lockstep(size)
+    decoders = [made.decoder(comm=LockstepComm(group, shard)) for shard in range(size)]
+
+    def run(shard):
+        decoder = decoders[shard]
+        kv_shape = decoder.spec.kv_shape(shard=shard, shards=size)
+        return PagedRun(decoder, kv_shape=kv_shape).run(prompts_of(decoder.spec.vocab_size), produce=3)
+
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(run, range(size)))
+    for sequence, *others in zip(*results, strict=True):
+        expected = made.expected(sequence.tokens[:-1])
+        found = torch.cat(sequence.logits)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert all(torch.equal(torch.cat(other.logits), found) for other in others)

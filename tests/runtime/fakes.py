@@ -1,0 +1,412 @@
+"""A model whose next token is a hash of everything before it, and a harness that drives a scheduler against it.
+
+`FakeWorker` executes plans as a rank does, but keeps tags in place of keys and values: whose they are and what they
+were made from. Each step reads all that its rows attend to, so content that is foreign, stale or missing is seen at
+once. `isolated` says what a log must come to, without a scheduler.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+
+from shoal.runtime.blocks import BlockPool
+from shoal.runtime.errors import RowFailed
+from shoal.runtime.generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from shoal.runtime.grammar import FREE, Constraint
+from shoal.runtime.plan import Admission, Slice, StepPlan, StepResult
+from shoal.runtime.policy import FirstCome, Policy
+from shoal.runtime.scheduler import Scheduler
+from shoal.runtime.sequence import Limits
+
+EOS = 0
+POISON = 1  # a row whose last token is this has no finite logits; the model never draws it
+VOCAB = 24
+_WORD = (1 << 64) - 1
+
+
+def mix(state: int, value: int) -> int:
+    """One step of a 64-bit hash chain (the finaliser of MurmurHash3 over a multiply-add)."""
+    x = (state * 0x9E3779B97F4A7C15 + value + 1) & _WORD
+    x = ((x ^ (x >> 33)) * 0xFF51AFD7ED558CCD) & _WORD
+    return x ^ (x >> 33)
+
+
+def draw(chain: int, *, seed: int, vocab: int, allows: Callable[[int], bool]) -> int:
+    """The token after the tokens hashed in `chain`; -1 if nothing is allowed."""
+    state = mix(chain, seed)
+    for _ in range(64 * vocab):
+        token = state % vocab
+        if token != POISON and allows(token):
+            return token
+        state = mix(state, 7)
+    return -1
+
+
+def logprob_of(chain: int) -> TokenLogprob:
+    return TokenLogprob(-(chain % 1000) / 100, 1, [])
+
+
+def bit(mask: bytes, token: int) -> bool:
+    return bool(mask[token // 8] >> (token % 8) & 1)
+
+
+@dataclass(slots=True)
+class Row:
+    """One slot of a rank: the log as the rank knows it, and a hash chain over it."""
+
+    admission: Admission
+    owner: Hashable
+    tokens: list[int] = field(default_factory=list)
+    chain: list[int] = field(default_factory=list)
+    table: list[int] = field(default_factory=list)
+
+    def append(self, token: int) -> None:
+        self.chain.append(mix(self.chain[-1] if self.chain else 0, token))
+        self.tokens.append(token)
+
+
+class FakeWorker:
+    """One rank. `owner_of` tells whose content a sequence may read; `reads` False leaves the checks out."""
+
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        vocab: int = VOCAB,
+        owner_of: Callable[[Admission], Hashable] = lambda admission: None,
+        reads: bool = True,
+    ) -> None:
+        self.block_size = block_size
+        self.vocab = vocab
+        self.owner_of = owner_of
+        self.reads = reads
+        self.rows: dict[int, Row] = {}
+        self.tags: dict[tuple[int, int], tuple[Hashable, int]] = {}  # (block, offset) -> (owner, chain)
+        self.num_drawn = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for admission in plan.admissions:
+            row = self.rows[admission.slot] = Row(admission, self.owner_of(admission))
+            for token in admission.tokens:
+                row.append(token)
+        for slot, blocks in plan.blocks:
+            self.rows[slot].table += blocks
+        if self.reads:  # a layer stores all its keys and values before it reads any
+            for part in plan.slices:
+                self._write(part)
+            for part in plan.slices:
+                self._read(part)
+        drawing = [part for part in plan.slices if part.samples]
+        tokens = [self._draw(part, plan.masks.get(part.slot)) for part in drawing]
+        asked = [self.rows[part.slot].admission.params.logprobs is not None for part in drawing]
+        logprobs = [
+            logprob_of(self.rows[part.slot].chain[-1]) if asks else None
+            for part, asks in zip(drawing, asked, strict=True)
+        ]
+        return StepResult(plan.step, tokens, logprobs if any(asked) else None, self._prompt_logprobs(plan))
+
+    def _place(self, row: Row, position: int) -> tuple[int, int]:
+        return row.table[position // self.block_size], position % self.block_size
+
+    def _write(self, part: Slice) -> None:
+        row = self.rows[part.slot]
+        for position in range(part.start, part.start + part.count):
+            self.tags[self._place(row, position)] = (row.owner, row.chain[position])
+
+    def _read(self, part: Slice) -> None:
+        row = self.rows[part.slot]
+        for position in range(part.start + part.count):
+            tag = self.tags.get(self._place(row, position))
+            assert tag is not None, f"position {position} was never written"
+            assert tag[0] == row.owner, f"position {position} belongs to another owner"
+            assert tag[1] == row.chain[position], f"position {position} holds the content of other tokens"
+
+    def _draw(self, part: Slice, mask: bytes | None) -> int:
+        row, end = self.rows[part.slot], part.start + part.count
+        assert end == len(row.tokens), "drawing at a place that is not the end of the log"
+        params, prompt_len = row.admission.params, row.admission.prompt_len
+        banned = row.admission.stop_token_ids if end - prompt_len < params.min_tokens else []
+        token = -1
+        if row.tokens[-1] != POISON:
+            token = draw(
+                row.chain[-1],
+                seed=row.admission.seed,
+                vocab=self.vocab,
+                allows=lambda t: t not in banned and (mask is None or bit(mask, t)),
+            )
+        row.append(max(token, 0))
+        self.num_drawn += 1
+        return token
+
+    def _prompt_logprobs(self, plan: StepPlan) -> dict[int, list[TokenLogprob]]:
+        found = {}
+        for part in plan.slices:
+            row = self.rows[part.slot]
+            last = min(part.start + part.count, row.admission.prompt_len - 1)
+            if row.admission.params.prompt_logprobs is not None and last > part.start:
+                found[part.slot] = [logprob_of(row.chain[p + 1]) for p in range(part.start, last)]
+        return found
+
+
+@dataclass(slots=True)
+class Stepwise:
+    """A constraint: token i must be i modulo `period`. Ends the log after `length` tokens, or gives up there."""
+
+    period: int = 3
+    length: int = 1_000_000
+    fails: bool = False
+    vocab: int = VOCAB
+    num_tokens: int = 0
+
+    def after(self, tokens: list[int]) -> Stepwise:
+        return Stepwise(self.period, self.length, self.fails, self.vocab, len(tokens))
+
+    @property
+    def finished(self) -> bool:
+        return not self.fails and self.num_tokens >= self.length
+
+    def mask(self) -> bytes | None:
+        allowed = sum(1 << t for t in range(self.vocab) if t % self.period == self.num_tokens % self.period)
+        return allowed.to_bytes(-(-self.vocab // 32) * 4, "little")
+
+    def advance(self, token: int) -> None:
+        if token % self.period != self.num_tokens % self.period:
+            raise RowFailed("a token that the mask had not allowed")
+        self.num_tokens += 1
+        if self.fails and self.num_tokens >= self.length:
+            raise RowFailed("the grammar gave up")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a log comes to in all: tokens and reason."""
+
+    tokens: list[int]
+    reason: FinishReason
+    stop_reason: int | str | None = None
+
+
+def isolated(request: GenerationRequest, constraint: Constraint = FREE, *, limits: Limits) -> Outcome:
+    """The log run alone, from what it has to its end (deadlines and aborts left out)."""
+    params = request.params
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else limits.eos_token_ids)
+    row = Row(Admission(0, [], 0, params, 0, []), None)
+    for token in [*request.prompt, *request.tokens]:
+        row.append(token)
+    output = list(request.tokens)
+    while True:
+        if output and output[-1] in stops:
+            return Outcome(output, FinishReason.STOP, output[-1])
+        if output and constraint.finished:
+            return Outcome(output, FinishReason.STOP)
+        if params.max_tokens is not None and len(output) >= params.max_tokens:
+            return Outcome(output, FinishReason.LENGTH)
+        if len(row.tokens) >= limits.max_model_len:
+            return Outcome(output, FinishReason.LENGTH)
+        if row.tokens[-1] == POISON:
+            return Outcome(output, FinishReason.ERROR)
+        mask = constraint.mask()
+        banned = stops if len(output) < params.min_tokens else set()
+        token = draw(
+            row.chain[-1],
+            seed=request.seed,
+            vocab=limits.vocab_size,
+            allows=lambda t: t not in banned and (mask is None or bit(mask, t)),  # noqa: B023 called at once
+        )
+        if token < 0:
+            return Outcome(output, FinishReason.ERROR)
+        row.append(token)
+        output.append(token)
+        if token not in stops:
+            try:
+                constraint.advance(token)
+            except RowFailed:
+                return Outcome(output, FinishReason.ERROR)
+
+
+def tenant_in_seed(admission: Admission) -> Hashable:
+    """Tests write the tenant's number into the seed's high half, where a rank can see it."""
+    return admission.seed >> 32
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(slots=True)
+class Log:
+    """One log as its client sees it; refuses whatever a log may not do."""
+
+    request: GenerationRequest
+    constraint: Stepwise | None
+    tokens: list[int]
+    deadline: float = float("inf")
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_cached_tokens: int = 0
+    last: TokenEvent | None = None
+
+    def append(self, event: TokenEvent) -> None:
+        assert not self.ended, "an event after the terminal one"
+        assert event.start == len(self.tokens), "the event does not go on where the log ended"
+        assert event.tokens or event.finish_reason is not None, "an event that says nothing"
+        if self.last is None:
+            self.prompt_logprobs = event.prompt_logprobs
+            self.num_cached_tokens = event.num_cached_tokens
+        else:
+            assert event.prompt_logprobs is None, "the prompt's logprobs come with the first event alone"
+        self.tokens += event.tokens
+        self.logprobs += event.logprobs or []
+        self.last = event
+
+    def check_logprobs(self) -> None:
+        """What was asked for is there, at the right tokens."""
+        request, row = self.request, Row(Admission(0, [], 0, self.request.params, 0, []), None)
+        for token in [*request.prompt, *self.tokens]:
+            row.append(token)
+        expected = [logprob_of(chain) for chain in row.chain]
+        num_given, num_prompt = len(request.tokens), len(request.prompt)
+        if request.params.logprobs is not None:
+            assert self.logprobs == expected[num_prompt + num_given :], "logprobs of other tokens"
+        if request.params.prompt_logprobs is not None and not num_given and len(self.tokens) > 0:
+            assert self.prompt_logprobs == [None, *expected[1:num_prompt]], "the prompt's logprobs are not its own"
+
+    @property
+    def ended(self) -> bool:
+        return self.last is not None and self.last.finish_reason is not None
+
+
+class Harness:
+    """A scheduler, a fake rank and the plans in flight between them; asserts what any observer could."""
+
+    def __init__(
+        self, limits: Limits, *, num_blocks: int, block_size: int, depth: int = 1, policy: Policy | None = None
+    ) -> None:
+        self.limits = limits
+        self.clock = Clock()
+        self.depth = depth
+        self.pool = BlockPool(num_blocks, block_size=block_size)
+        self.policy = policy or FirstCome()
+        self.scheduler = Scheduler(limits, pool=self.pool, policy=self.policy, clock=self.clock, secret=b"secret")
+        self.worker = FakeWorker(block_size=block_size, vocab=limits.vocab_size, owner_of=tenant_in_seed)
+        self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+        self.logs: dict[str, Log] = {}
+
+    def add(self, request: GenerationRequest, constraint: Stepwise | None = None) -> None:
+        """Raises what the scheduler raises."""
+        self.scheduler.add(request, FREE if constraint is None else constraint.after(request.tokens))
+        log = self.logs[request.id] = Log(request, constraint, list(request.tokens))
+        if request.timeout_s is not None:
+            log.deadline = self.clock.now + request.timeout_s
+        self._take(self.scheduler.take_events())  # a log that had ended before it came
+
+    def abort(self, request_id: str) -> None:
+        event = self.scheduler.abort(request_id)
+        if event is not None:
+            self.logs[request_id].append(event)
+
+    def submit(self) -> StepPlan | None:
+        """Plan a step and let the rank execute it; its result stays in flight."""
+        plan = self.scheduler.schedule()
+        self._take(self.scheduler.take_events())
+        late = [log for log in self.logs.values() if not log.ended and log.deadline <= self.clock.now]
+        assert not late, "a log lives on behind its deadline"
+        if plan is None:
+            return None
+        self._check_plan(plan)
+        self.in_flight.append((plan, self.worker.execute(plan)))
+        return plan
+
+    def collect(self) -> None:
+        """Let the oldest result come back."""
+        self._take(self.scheduler.update(*self.in_flight.popleft()))
+
+    def step(self) -> StepPlan | None:
+        """What an engine does in a step; gives the last plan it made."""
+        last = None
+        while len(self.in_flight) < self.depth:
+            plan = self.submit()
+            if plan is None:
+                break
+            last = plan
+        if self.in_flight:
+            self.collect()
+        return last
+
+    def run(self, *, max_steps: int = 5000) -> None:
+        """Until all logs have ended, and nothing is in flight."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError(f"not at rest after {max_steps} steps")
+
+    def _take(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            self.logs[event.id].append(event)
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        limits = self.limits
+        slots = [part.slot for part in plan.slices]
+        assert 0 < plan.num_tokens <= limits.max_num_batched_tokens, "the token budget is exceeded"
+        assert len(set(slots)) == len(slots), "a sequence has two slices"
+        assert all(0 <= slot < limits.max_num_seqs for slot in slots), "a slot that is not there"
+        singles = [part.count == 1 for part in plan.slices]
+        assert singles == sorted(singles, reverse=True), "rows of one token do not go first"
+        admitted = [admission.slot for admission in plan.admissions]
+        assert len(set(admitted)) == len(admitted), "a slot is given twice"
+        assert set(admitted) <= set(slots), "admitted and not planned"
+        fresh = [block for _, blocks in plan.blocks for block in blocks]
+        assert all(0 <= block < self.pool.num_blocks for block in fresh), "a block that is not there"
+        pipelined = limits.num_microbatches > 1
+        assert not pipelined or not self._waits_for(plan), "a row is planned before its token can be there"
+
+    def _waits_for(self, plan: StepPlan) -> set[int]:
+        recent = list(self.in_flight)[-(self.limits.num_microbatches - 1) :]
+        drawn = {part.slot for other, _ in recent for part in other.slices if part.samples}
+        admitted = {admission.slot for admission in plan.admissions}
+        return (drawn - admitted) & {part.slot for part in plan.slices}
+
+    def check(self) -> None:
+        """What holds between any two calls."""
+        self.scheduler.check()
+        assert self.scheduler.num_running <= self.limits.max_num_seqs
+        live = {log.request.id for log in self.logs.values() if not log.ended}
+        if isinstance(self.policy, FirstCome):
+            arrivals = {request_id: number for number, request_id in enumerate(self.logs)}
+            running = [arrivals[seq.request.id] for seq in self.scheduler._running]
+            waiting = [arrivals[seq.request.id] for seq in self.scheduler._waiting]
+            assert not running or not waiting or max(running) < min(waiting), "one who came later goes before"
+        queued = self.scheduler.num_running + self.scheduler.num_waiting
+        assert queued == len(live), "a live log is in no queue, or an ended one is"
+
+    def check_log(self, log: Log) -> None:
+        """An ended log is what it would have been alone, or a beginning of that if it was cut off."""
+        assert log.ended
+        assert log.last is not None
+        log.check_logprobs()
+        constraint = FREE if log.constraint is None else log.constraint.after(log.request.tokens)
+        longest = min(self.limits.max_model_len, self.pool.num_blocks * self.pool.block_size)
+        wanted = isolated(log.request, constraint, limits=replace(self.limits, max_model_len=longest))
+        reason = log.last.finish_reason
+        if reason in (FinishReason.ABORT, FinishReason.TIMEOUT):
+            assert log.tokens == wanted.tokens[: len(log.tokens)], "a cut-off log says something else"
+        else:
+            assert (log.tokens, reason) == (wanted.tokens, wanted.reason), "not what the log says alone"
+            assert log.last.stop_reason == wanted.stop_reason
+
+    def check_at_rest(self) -> None:
+        """After `run`: every log has ended as it should, and nothing is held."""
+        self.check()
+        assert not self.in_flight
+        assert self.pool.num_free == self.pool.num_blocks, "blocks are held at rest"
+        for log in self.logs.values():
+            self.check_log(log)

@@ -1,0 +1,72 @@
+"""Tokenizers small enough to reason about, for tests of anything that speaks in text."""
+
+from __future__ import annotations
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from shoal.runtime.tokenizer import Tokenizer, TokenizerInfo
+
+BOS, EOS, START, END = 256, 257, 258, 259  # ids of the byte tokenizer's special tokens
+SPECIAL = ("<|bos|>", "<|eos|>", "<|start|>", "<|end|>")
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """Token i is byte i (0 to 255); behind them the special tokens. 260 tokens, byte-level as GPT-2's."""
+    vocabulary = {letter: byte for byte, letter in enumerate(_letters())}
+    return _byte_level(vocabulary, [])
+
+
+def merging_tokenizer() -> tokenizers.Tokenizer:
+    """The byte tokenizer with some pairs merged: tokens of several letters, and halves of characters."""
+    letters = _letters()
+    vocabulary = {letter: byte for byte, letter in enumerate(letters)}
+    merges = [(letters[a], letters[b]) for a, b in (b"th", b"in", b"he", b"an", b" t", b"ab", "é".encode(), b"\xf0\x9f")]
+    merges += [("Ġt", "he"), ("in", "g")]
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    return _byte_level(vocabulary, merges)
+
+
+def fallback_tokenizer() -> tokenizers.Tokenizer:
+    """As sentencepiece's with byte fallback: `▁` for a space, `<0x00>` and so on for what is in no other token."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehilnorstw,.é日"]
+    merges = [("h", "e"), ("▁", "w"), ("▁w", "o")]
+    tokens += [left + right for left, right in merges]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    out = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    out.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    out.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    out.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return out
+
+
+def byte_text() -> Tokenizer:
+    """The byte tokenizer as the runtime has it, with an end and a chat template."""
+    special = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1]}
+    return Tokenizer(byte_tokenizer(), TokenizerInfo(special=special, eos_ids=(EOS,), chat_template=TEMPLATE))
+
+
+def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    out = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    out.decoder = decoders.ByteLevel()
+    out.add_special_tokens(list(SPECIAL))
+    return out
+
+
+def _letters() -> list[str]:
+    """The letter that byte-level BPE has for each byte."""
+    encode = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    plain = {byte: encode(chr(byte))[0][0] for byte in range(128)}
+    # The letters for 128 to 255 come in order of the byte: those that are printable in Latin-1, else from U+0100 on.
+    spare = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(plain.values()))
+    high = {ord(letter): letter for letter in spare if ord(letter) < 256}
+    rest = iter(letter for letter in spare if ord(letter) >= 256)
+    return [plain[b] if b < 128 else high[b] if b in high else next(rest) for b in range(256)]
