@@ -53,7 +53,7 @@ def build_app(config: ShoalConfig, *, board: Path, num_gpus: float = 0) -> serve
     ingress: Any = serve.deployment(
         name="ingress", max_ongoing_requests=NO_LIMIT, ray_actor_options={"num_cpus": 0.1}, **_lifecycle(config)
     )(serve.ingress()(IngressActor))
-    bound: serve.Application = ingress.bind(replica.bind(partial(build_parts, config, board)), config)
+    bound: serve.Application = ingress.bind(replica.bind(partial(build_parts, config, board)), config, board)
     return bound
 
 
@@ -97,18 +97,20 @@ class NoGrammars:
 class IngressActor:
     """The router in its own Serve replica; `serve.ingress` turns it into an ASGI app once it is built."""
 
-    async def __init__(self, replica: Any, config: ShoalConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, replica: Any, config: ShoalConfig, board: Path) -> None:  # type: ignore[misc]
+        """Serve awaits it. The tokenizer is read while the replica still loads its weights."""
         hold_serve_port()
-        from ..router.ingress import Ingress
-        from ..runtime.hub import resolve_model
-        from ..runtime.text import Text
+        with posting(board):
+            from ..router.ingress import Ingress
+            from ..runtime.hub import resolve_model
+            from ..runtime.text import Text
+            from ..runtime.tokenizer_files import load_tokenizer
 
-        backend = HandleBackend(replica, timeout_s=config.router.ready_timeout_s)
-        info = await _first_info(backend)
-        text = await asyncio.to_thread(
-            Text.load, resolve_model(config.engine.model), info.max_model_len, info.vocab_size
-        )
-        self.router = Ingress(backend, text, config.router)
+            tokenizer = await asyncio.to_thread(load_tokenizer, resolve_model(config.engine.model))
+            backend = HandleBackend(replica, timeout_s=config.router.ready_timeout_s)
+            info = await _first_info(backend)
+            text = Text(tokenizer, info.max_model_len, info.vocab_size)
+            self.router = Ingress(backend, text, config.router)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from ..router.api import create_app

@@ -43,7 +43,7 @@ class _Lines(io.TextIOBase):
 
 @contextmanager
 def posting(file: Path) -> Iterator[None]:
-    """Within: standard error becomes phases, standard output and Shoal's log become notes, a refusal an error."""
+    """Within: standard error becomes phases, standard output and Shoal's log become notes, what is raised an error."""
     if not file.parent.is_dir():
         yield
         return
@@ -54,8 +54,9 @@ def posting(file: Path) -> Iterator[None]:
     try:
         with redirect_stderr(_Lines(file, "phase")), redirect_stdout(notes):
             yield
-    except StartupError as error:
-        _post(file, "error", str(error))
+    except Exception as error:
+        refused = isinstance(error, StartupError)
+        _post(file, "error", str(error) if refused else f"the replica failed to start: {type(error).__name__}: {error}")
         raise
     finally:
         logger.removeHandler(handler)

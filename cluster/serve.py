@@ -83,8 +83,6 @@ def start_ray(config: ShoalConfig, run_dir: Path) -> None:
     os.environ.update(ray_environment(run_dir, haproxy=config.server.haproxy))
     import ray
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
         address="local",
         include_dashboard=False,
@@ -102,6 +100,7 @@ def deploy(config: ShoalConfig, *, port: int, board: Board, progress: Progress) 
 
     from .app import build_app
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve sets it to INFO when it is imported
     progress.phase("starting Ray Serve")
     serve.start(http_options={"host": config.server.host, "port": port}, proxy_location="HeadOnly")
     num_gpus = 0 if config.engine.device == "cpu" else min(1.0, ray.cluster_resources().get("GPU", 0.0))

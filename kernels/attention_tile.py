@@ -32,28 +32,11 @@ def first_key(query_pos, WINDOW: tl.constexpr):
 
 @triton.jit
 def attend_tile(
-    q_ME,
-    acc_ME,
-    max_M,
-    sum_M,
-    k_ptr,
-    v_ptr,
-    block_row_ptr,
-    start,
-    end,
-    query_pos_M,
-    stride_n,
-    stride_b,
-    logit_scale,
-    exponent_scale,
-    DIM: tl.constexpr,
-    DIM_P2: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    q_ME, acc_ME, max_M, sum_M, k_ptr, v_ptr, block_row_ptr, start, end, query_pos_M, stride_n, stride_b,
+    logit_scale, exponent_scale,
+    DIM: tl.constexpr, DIM_P2: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Take in keys [start, start + BLOCK_N), start a multiple of BLOCK_N; none from `end` on exists.
 
     k_ptr and v_ptr are at the head. Not MASKED: every row sees the whole tile, and it ends before `end`.

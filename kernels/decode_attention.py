@@ -35,34 +35,12 @@ def _chunk_bounds(kv_len, num_chunks, WINDOW: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit(do_not_specialize=["num_chunks"])
 def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    block_table_ptr,
-    kv_lens_ptr,
-    out_ptr,
-    log_weight_ptr,
-    num_chunks,
-    logit_scale,
-    exponent_scale,
-    q_stride_t,
-    q_stride_h,
-    cache_stride_n,
-    cache_stride_k,
-    cache_stride_b,
-    table_stride_s,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_P2: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
-    CHUNKED: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, block_table_ptr, kv_lens_ptr, out_ptr, log_weight_ptr, num_chunks, logit_scale,
+    exponent_scale, q_stride_t, q_stride_h, cache_stride_n, cache_stride_k, cache_stride_b, table_stride_s,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr, CHUNKED: tl.constexpr,
+):  # fmt: skip
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     chunk = tl.program_id(2)
@@ -90,28 +68,9 @@ def _decode_kernel(
     block_row_ptr = block_table_ptr + seq * table_stride_s
     for start in tl.range(begin, end, BLOCK_N):
         acc_ME, max_M, sum_M = attend_tile(
-            q_ME,
-            acc_ME,
-            max_M,
-            sum_M,
-            k_ptr,
-            v_ptr,
-            block_row_ptr,
-            start,
-            end,
-            query_pos_M,
-            cache_stride_n,
-            cache_stride_b,
-            logit_scale,
-            exponent_scale,
-            DIM,
-            DIM_P2,
-            PAGE,
-            BLOCK_N,
-            WINDOW,
-            SOFTCAP,
-            MASKED=True,
-        )
+            q_ME, acc_ME, max_M, sum_M, k_ptr, v_ptr, block_row_ptr, start, end, query_pos_M, cache_stride_n,
+            cache_stride_b, logit_scale, exponent_scale, DIM, DIM_P2, PAGE, BLOCK_N, WINDOW, SOFTCAP, MASKED=True,
+        )  # fmt: skip
 
     sum_M = tl.where(sum_M > 0, sum_M, 1.0)  # no keys at all (a padding row): zeros
     acc_ME /= sum_M[:, None]

@@ -61,7 +61,7 @@ def norm(
     dim = x.shape[-1]
     heads = x.shape[1] if x.dim() == 3 else 1
     num_rows = x.shape[0] * heads
-    out = torch.empty(x.shape, dtype=(x if residual is None else residual).dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return out
     assert x.stride(-1) == 1

@@ -98,7 +98,8 @@ class Logprobs(NamedTuple):
 class Ops(Protocol):
     """Operations on one device. Arguments marked in-place are overwritten; everything else is fresh or a view.
 
-    Reductions are taken in float32 whatever the storage dtype. Weights of norms are float32.
+    Reductions are taken in float32 whatever the storage dtype. Weights of norms are float32, and so is the residual
+    stream: what many layers add up in bfloat16 is off by several times the distance of near-tied logits.
     No method waits for the device.
     """
 
@@ -109,7 +110,7 @@ class Ops(Protocol):
         ...
 
     def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
-        """`residual += x` in place, then the RMS norm of the sum."""
+        """`residual += x` in place (residual is float32), then the RMS norm of the sum in x's dtype."""
         ...
 
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float) -> Tensor:
@@ -119,7 +120,7 @@ class Ops(Protocol):
     def add_layer_norm(
         self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float
     ) -> Tensor:
-        """`residual += x` in place, then the layer norm of the sum."""
+        """`residual += x` in place (residual is float32), then the layer norm of the sum in x's dtype."""
         ...
 
     def rope(self, q_THE: Tensor, k_TKE: Tensor, positions_T: Tensor, cos_sin_MC: Tensor, *, interleaved: bool) -> None:

@@ -37,35 +37,25 @@ def _find_tile(query_start_ptr, tile, first_seq, num_seqs, TOKENS: tl.constexpr)
     return low, (tile - first_tile) * TOKENS
 
 
+@triton.jit
+def _key_ranges(first_pos, last_pos, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """Of queries at first_pos to last_pos: where some begin to see keys, where all do, and where not all do any more.
+
+    Multiples of BLOCK_N, in order; the second and third are one where the window is narrower than the tile is tall.
+    """
+    begin = first_key(first_pos, WINDOW) // BLOCK_N * BLOCK_N
+    common_end = (first_pos + 1) // BLOCK_N * BLOCK_N
+    common_begin = tl.minimum(tl.cdiv(first_key(last_pos, WINDOW), BLOCK_N) * BLOCK_N, common_end)
+    return begin, common_begin, common_end
+
+
 @triton.jit(do_not_specialize=["first_seq", "num_seqs"])
 def _prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    query_start_ptr,
-    block_table_ptr,
-    kv_lens_ptr,
-    out_ptr,
-    first_seq,
-    num_seqs,
-    logit_scale,
-    exponent_scale,
-    q_stride_t,
-    q_stride_h,
-    cache_stride_n,
-    cache_stride_k,
-    cache_stride_b,
-    table_stride_s,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_P2: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, query_start_ptr, block_table_ptr, kv_lens_ptr, out_ptr, first_seq, num_seqs, logit_scale,
+    exponent_scale, q_stride_t, q_stride_h, cache_stride_n, cache_stride_k, cache_stride_b, table_stride_s,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(0)
     # Last tiles first: they see the most keys, and the short ones then fill the gaps at the end.
@@ -92,15 +82,11 @@ def _prefill_kernel(
     max_M = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     sum_M = tl.zeros([BLOCK_M], dtype=tl.float32)
 
-    # The tile's rows stand at positions first_pos to last_pos; all see the keys from common_first to first_pos.
     first_pos = kv_len - query_len + first_token
     last_pos = tl.minimum(first_pos + TOKENS, kv_len) - 1
     query_pos_M = tl.minimum(first_pos + row_M // GROUP, last_pos)
+    begin, common_begin, common_end = _key_ranges(first_pos, last_pos, BLOCK_N, WINDOW)
     end = last_pos + 1
-    begin = first_key(first_pos, WINDOW) // BLOCK_N * BLOCK_N
-    common_end = (first_pos + 1) // BLOCK_N * BLOCK_N
-    # At most common_end: where the window is narrower than the tile is tall, nothing is common.
-    common_begin = tl.minimum(tl.cdiv(first_key(last_pos, WINDOW), BLOCK_N) * BLOCK_N, common_end)
     k_ptr += kv_head.to(tl.int64) * cache_stride_k
     v_ptr += kv_head.to(tl.int64) * cache_stride_k
     block_row_ptr = block_table_ptr + seq.to(tl.int64) * table_stride_s

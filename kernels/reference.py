@@ -29,7 +29,7 @@ class ReferenceOps:
 
     def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
         residual_TD.add_(x_TD)
-        return self.rms_norm(residual_TD, weight_D, eps=eps)
+        return self.rms_norm(residual_TD, weight_D, eps=eps).to(x_TD.dtype)
 
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float) -> Tensor:
         x = x_TD.float()
@@ -41,7 +41,7 @@ class ReferenceOps:
         self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float
     ) -> Tensor:
         residual_TD.add_(x_TD)
-        return self.layer_norm(residual_TD, weight_D, bias_D, eps=eps)
+        return self.layer_norm(residual_TD, weight_D, bias_D, eps=eps).to(x_TD.dtype)
 
     # Rotary embedding
 

@@ -54,9 +54,25 @@ def vocab_embedding(table_VD: Tensor, *, vocab_size: int, comm: Comm) -> Layer:
     return embed
 
 
-def vocab_linear(method: LinearMethod, bias: Tensor | None, *, vocab_size: int, comm: Comm) -> Layer:
+def float32_linear(weight_VD: Tensor) -> Layer:
+    """`x @ W.T` in float32 for x in float32: products are summed and kept in it, whatever the weight is stored as.
+
+    The logits of likely tokens lie near each other and far from zero, where bfloat16 steps by 0.125: rounded to it they
+    tie. A CPU has no such product for 16-bit weights, so there the weight is float32 (`WeightReader.head_dtype`).
+    """
+    if weight_VD.dtype is torch.float32:
+        return lambda x_RD: F.linear(x_RD, weight_VD)
+    return lambda x_RD: torch.mm(x_RD.to(weight_VD.dtype), weight_VD.t(), out_dtype=torch.float32)
+
+
+def cast_linear(method: LinearMethod, dtype: torch.dtype) -> Layer:
+    """A method that wants its input in `dtype`, for x in float32."""
+    return lambda x_RD: method.apply(x_RD.to(dtype))
+
+
+def vocab_linear(linear: Layer, bias: Tensor | None, *, vocab_size: int, comm: Comm) -> Layer:
     """Logits in float32 over the whole vocabulary, on every rank: [R, D] -> [R, V]."""
-    layer = column_linear(method, bias)
+    layer = linear if bias is None else then(linear, lambda x_RV: x_RV.add_(bias))
     if comm.size == 1:
         return lambda x_RD: layer(x_RD).float()
     cuts = [cut_vocab(vocab_size, shard=shard, size=comm.size) for shard in range(comm.size)]

@@ -9,7 +9,7 @@ from .linear import Layer
 
 
 class Embed:
-    """Stage entry of the first stage. The result is fresh: the layers add to it in place."""
+    """Stage entry of the first stage. The result is fresh and float32: the layers add to it in place."""
 
     def __init__(self, tokens: Layer, *, positions_MD: Tensor | None = None, scale: float = 1.0) -> None:
         self._tokens = tokens
@@ -17,7 +17,7 @@ class Embed:
         self._scale = scale
 
     def __call__(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
-        x_TD = self._tokens(token_ids_T)
+        x_TD = self._tokens(token_ids_T).float()
         if self._scale != 1.0:
             x_TD *= self._scale
         if self._positions_MD is not None:

@@ -109,8 +109,7 @@ class Handlers:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus text: this process and all replicas."""
-        stats = await self._ingress.backend.stats()
-        return Response(self._ingress.metrics.render(stats), headers={"content-type": CONTENT_TYPE})
+        return Response(await self._ingress.scrape(), headers={"content-type": CONTENT_TYPE})
 
     async def version(self, request: Request) -> Response:
         return _json({"version": _version()})

@@ -20,6 +20,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 # Strings are skipped whole, so that brackets inside them do not count. Possessive: never backtracks.
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+_LONG_BODY = 2**18  # bytes; from here on parsing would hold up the event loop: a thread takes it
 
 
 class ClientGone(Exception):
@@ -41,7 +42,9 @@ async def read_json(headers: dict[bytes, bytes], receive: Receive, limits: Route
         raise RequestTimeout(
             f"the body was not complete after {limits.body_timeout_s:g} s (limit body_timeout_s)"
         ) from None
-    return parse_object(body, max_nesting=limits.max_nesting)
+    if len(body) < _LONG_BODY:
+        return parse_object(body, max_nesting=limits.max_nesting)
+    return await asyncio.to_thread(parse_object, body, max_nesting=limits.max_nesting)
 
 
 def parse_object(body: bytes, *, max_nesting: int) -> dict[str, Any]:
@@ -108,16 +111,17 @@ async def _read(headers: dict[bytes, bytes], receive: Receive, limit: int) -> by
 def _check_nesting(body: bytes, limit: int) -> None:
     if body.count(b"[") + body.count(b"{") <= limit:
         return
-    depth = deepest = 0
+    depth = 0
     for token in _BRACKETS.finditer(body):
         first = body[token.start()]
         if first in b"[{":
             depth += 1
-            deepest = max(deepest, depth)
+            if depth > limit:
+                raise _invalid(
+                    f"the body nests at least {depth} levels deep; at most {limit} are allowed (max_nesting)"
+                )
         elif first in b"]}":
             depth -= 1
-    if deepest > limit:
-        raise _invalid(f"the body nests {deepest} levels deep; at most {limit} are allowed (max_nesting)")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -105,6 +105,10 @@ class Ingress:
                 code="model_not_found",
             )
 
+    async def scrape(self) -> bytes:
+        """Prometheus text: this process and all replicas."""
+        return self.metrics.render(await self.backend.stats())
+
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, let what runs go on for `timeout_s`, then end it with a terminal event each."""
         self.admission.drain()

@@ -27,7 +27,7 @@ from .messages import read_messages
 from .schema import ChatRequest, CompletionRequest, ResponseFormat, SamplingBody, TokenizeRequest, shown
 
 COMPLETION_MAX_TOKENS = 16
-_LONG_TEXT = 4096  # characters; from here on tokenizing would hold up the event loop: a thread takes it
+_LONG_TEXT = 4096  # characters or tokens; from here on reading would hold up the event loop: a thread takes it
 # Fields of the body that are SamplingParams' as they stand.
 _SAMPLING = (
     *("n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
@@ -100,10 +100,15 @@ class Preparer:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give either prompt or messages", param="prompt")
         if body.messages is not None:
+            if body.add_special_tokens:
+                raise InvalidRequest(
+                    "add_special_tokens needs a prompt: templates write their own", param="add_special_tokens"
+                )
             return await self._encode_chat(body)
         if not isinstance(body.prompt, str):
             raise InvalidRequest(f"prompt is {shown(body.prompt)}; it must be a string", param="prompt")
-        return await self._encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        (prompt,) = await self._prompts(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        return prompt.ids
 
     # Parameters
 
@@ -140,9 +145,13 @@ class Preparer:
     # Prompts
 
     async def _prompts(self, prompt: Any, *, add_special_tokens: bool) -> list[Prompt]:
+        size = len(prompt) if isinstance(prompt, str) else sum(map(_size, prompt)) if isinstance(prompt, list) else 0
+        return await _off_loop(lambda: self._read_prompts(prompt, add_special_tokens=add_special_tokens), size=size)
+
+    def _read_prompts(self, prompt: Any, *, add_special_tokens: bool) -> list[Prompt]:
         """All four forms: text, texts, ids, lists of ids."""
         if isinstance(prompt, str):
-            return [await self._prompt(prompt, "prompt", kind=str, add_special_tokens=add_special_tokens)]
+            return [self._read_prompt(prompt, "prompt", kind=str, add_special_tokens=add_special_tokens)]
         if not isinstance(prompt, list) or not prompt:
             raise InvalidRequest(
                 f"prompt is {shown(prompt)}; it must be a string, an array of strings, an array of token ids or an "
@@ -157,23 +166,18 @@ class Preparer:
         if len(prompt) > limit:
             raise InvalidRequest(f"prompt has {len(prompt)} prompts; at most {limit} are allowed", param="prompt")
         return [
-            await self._prompt(item, f"prompt.{i}", kind=type(first), add_special_tokens=add_special_tokens)
+            self._read_prompt(item, f"prompt.{i}", kind=type(first), add_special_tokens=add_special_tokens)
             for i, item in enumerate(prompt)
         ]
 
-    async def _prompt(self, item: Any, where: str, *, kind: type, add_special_tokens: bool) -> Prompt:
+    def _read_prompt(self, item: Any, where: str, *, kind: type[Any], add_special_tokens: bool) -> Prompt:
         if type(item) is not kind or not item:
             what = "a string" if kind is str else "an array of token ids"
             raise InvalidRequest(f"{where} is {shown(item)}; it must be {what}, and not empty", param="prompt")
         if isinstance(item, str):
-            return Prompt(await self._encode(item, add_special_tokens=add_special_tokens), item)
+            return Prompt(self._text.encode_prompt(item, add_special_tokens=add_special_tokens), item)
         self._text.check_tokens(item, param=where)
         return Prompt(item)
-
-    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return await _off_loop(
-            lambda: self._text.encode_prompt(text, add_special_tokens=add_special_tokens), size=len(text)
-        )
 
     async def _encode_chat(self, body: ChatRequest | TokenizeRequest) -> list[int]:
         messages = read_messages(body.messages or [], limit=self._config.max_messages)
@@ -297,6 +301,10 @@ def _text(schema: dict[str, Any] | str | bool | None) -> str | None:
 
 def _replace(params: SamplingParams, **changes: Any) -> SamplingParams:
     return msgspec.structs.replace(params, **changes)
+
+
+def _size(item: object) -> int:
+    return len(item) if isinstance(item, str | list) else 1
 
 
 async def _off_loop(work: Callable[[], T], *, size: int) -> T:

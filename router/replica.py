@@ -77,8 +77,9 @@ class Replica:
     async def generate(self, payload: bytes) -> AsyncIterator[bytes]:
         """One log's frames. Closing or cancelling aborts the generation within a step."""
         try:
-            async for frame in self._frames(_decode_request(payload)):
-                yield _encode(frame)
+            async with aclosing(self._frames(_decode_request(payload))) as frames:
+                async for frame in frames:
+                    yield _encode(frame)
         except ShoalError as error:
             yield _encode(failure_of(error))
         except Exception as error:
@@ -112,7 +113,7 @@ class Replica:
         if parts := getattr(self, "_parts", None):
             parts.engine.close()
 
-    async def _frames(self, request: GenerationRequest) -> AsyncIterator[list[TokenEvent]]:
+    async def _frames(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
         constraint = await self._constraint(request.params.structured_outputs)
         async with aclosing(self._parts.engine.generate(request, constraint)) as batches:
             async for batch in batches:
@@ -150,6 +151,7 @@ class HandleBackend:
                 if isinstance(frame, Failure):
                     ended = True
                     raise error_of(frame)
+                ended = bool(frame) and frame[-1].finish_reason is not None
                 yield frame
             ended = True
         except ShoalError:

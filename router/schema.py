@@ -111,7 +111,6 @@ class ChatRequest(SamplingBody, TemplateBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    add_special_tokens: bool | None = None
 
 
 class CompletionRequest(SamplingBody):
@@ -139,6 +138,7 @@ AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 # Known, harmless: they change how OpenAI bills, stores or routes, never what is answered.
 _HARMLESS = {
+    "best_of",  # where it equals n
     "parallel_tool_calls",
     "safety_identifier",
     "prompt_cache_key",
@@ -203,7 +203,7 @@ _CHAT_ONLY: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (),
     "chat_template_kwargs": (),
 }
-_COMPLETION_ONLY: dict[str, tuple[Any, ...]] = {"prompt": (), "echo": (False,)}
+_COMPLETION_ONLY: dict[str, tuple[Any, ...]] = {"prompt": (), "echo": (False,), "add_special_tokens": (False,)}
 _ELSEWHERE = {ChatRequest: _COMPLETION_ONLY, CompletionRequest: _CHAT_ONLY}
 
 
@@ -217,8 +217,7 @@ def parse(kind: type[AnyBody], raw: dict[str, Any]) -> AnyBody:
         body = kind.model_validate(raw)
     except ValidationError as error:
         raise _explain(error) from None
-    if isinstance(body, SamplingBody):
-        _refuse_unsupported(raw, kind)
+    _refuse_unsupported(raw, kind)
     _log_unknown(raw, kind)
     return body
 
@@ -249,7 +248,6 @@ def _log_unknown(raw: dict[str, Any], kind: type[BaseModel]) -> None:
     """Names only, and not many of them: values are the client's."""
     known = {field.alias or name for name, field in kind.model_fields.items()}
     names = [name for name in raw if name not in known and name not in _UNSUPPORTED and name not in _HARMLESS]
-    names = [name for name in names if name != "best_of"]
     if names:
         logger.info("ignored %d unknown request fields: %s", len(names), ", ".join(f"{n!r:.64}" for n in names[:16]))
 

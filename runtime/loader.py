@@ -9,9 +9,19 @@ from torch import Tensor
 
 from ..kernels.ops import Ops
 from ..parallel.comm import Comm, SoloComm
-from ..parallel.linear import Layer, column_linear, partial_linear, row_linear, then, vocab_embedding, vocab_linear
+from ..parallel.linear import (
+    Layer,
+    cast_linear,
+    column_linear,
+    float32_linear,
+    partial_linear,
+    row_linear,
+    then,
+    vocab_embedding,
+    vocab_linear,
+)
 from ..parallel.partition import cut_heads, cut_mlp, cut_vocab
-from ..parallel.quant import DenseLinear, LinearMethod
+from ..parallel.quant import LinearMethod
 from ..parallel.stage import Embed, Head
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError
@@ -63,7 +73,9 @@ def load_decoder(
         entry, exit = builder.ends(first=layers.start == 0, last=layers.stop == spec.num_layers)
         progress.advance()
     _warn_of_unread(reader, spec, layers)
-    return Decoder(spec, layers=layers, blocks=blocks, entry=entry, exit=exit, weight_bytes=reader.num_bytes)
+    return Decoder(
+        spec, layers=layers, blocks=blocks, entry=entry, exit=exit, dtype=dtype, weight_bytes=reader.num_bytes
+    )
 
 
 def _refuse_quantised(config: dict[str, Any]) -> None:
@@ -192,7 +204,7 @@ class _Builder:
         if name is None:
             return lambda x_TD, _residual_TD: x_TD
         norm = self._norm(layer + name, self._spec.hidden_size).alone()
-        return lambda _x_TD, residual_TD: norm(residual_TD)
+        return lambda x_TD, residual_TD: norm(residual_TD).to(x_TD.dtype)
 
     def _finished(self, part: Layer, layer: str, name: str | None) -> Layer:
         """What a family does to a part's output before it is added to the residual."""
@@ -235,15 +247,20 @@ class _Builder:
         spec, reader = self._spec, self._reader
         embedding, head = self._vocabulary_modules()
         pieces = vocab_pieces(spec, head, self._vocab)
-        if not first:
-            return None, self._exit(reader.linear(pieces), head) if last else None
-        table_VD = reader.dense(vocab_pieces(spec, embedding, self._vocab))
-        entry = self._entry(table_VD)
+        packed = reader.packed(pieces) if last else None
+        shared = first and last and head == embedding and packed is None
+        table_VD, entry = None, None
+        if first:
+            dtype = reader.head_dtype if shared else reader.dtype
+            table_VD = reader.dense(vocab_pieces(spec, embedding, self._vocab), dtype=dtype)
+            entry = self._entry(table_VD)
         if not last:
             return entry, None
-        if head != embedding:
-            return entry, self._exit(reader.linear(pieces), head)
-        return entry, self._exit(reader.packed(pieces) or DenseLinear(table_VD), head)
+        if packed is not None:
+            return entry, self._exit(cast_linear(packed, reader.dtype), head)
+        weight_VD = table_VD if shared else reader.dense(pieces, dtype=reader.head_dtype)
+        assert weight_VD is not None
+        return entry, self._exit(float32_linear(weight_VD), head)
 
     def _vocabulary_modules(self) -> tuple[str, str]:
         """Where embedding and head are stored: the same place if they are tied."""
@@ -264,19 +281,19 @@ class _Builder:
         spec, reader = self._spec, self._reader
         tokens = vocab_embedding(table_VD, vocab_size=spec.vocab_size, comm=self._comm)
         # Rounded as the model was trained with it.
-        scale = float(torch.tensor(spec.embedding_scale, dtype=table_VD.dtype))
+        scale = float(torch.tensor(spec.embedding_scale, dtype=reader.dtype))
         if spec.names.positions is None:
             return Embed(tokens, scale=scale)
         shape = (spec.max_len, spec.hidden_size)
         positions = Piece(reader.prefix + spec.names.positions, shape, slice(0, spec.max_len), slice(0, shape[1]))
         return Embed(tokens, positions_MD=reader.dense([positions]), scale=scale)
 
-    def _exit(self, method: LinearMethod, head: str) -> Head:
+    def _exit(self, layer: Layer, head: str) -> Head:
         spec = self._spec
         bias = self._reader.bias(vocab_pieces(spec, head, self._vocab)) if spec.head_bias else None
         return Head(
             self._norm(self._reader.prefix + spec.names.final_norm, spec.hidden_size).alone(),
-            vocab_linear(method, bias, vocab_size=spec.vocab_size, comm=self._comm),
+            vocab_linear(layer, bias, vocab_size=spec.vocab_size, comm=self._comm),
             scale=spec.logit_scale,
             softcap=spec.logit_softcap,
         )

@@ -93,14 +93,14 @@ class Scheduler:
         """Reads three numbers, so any thread may ask. `num_coming`: requests on their way to `add`.
 
         Raises:
-            QueueFull: as many wait as may, and no slot is free for one more.
+            QueueFull: one more would wait, and as many wait as may. Who finds a slot does not count as waiting.
         """
-        waiting = len(self._waiting) + num_coming
+        waiting, running = len(self._waiting) + num_coming, len(self._running)
         blocked = any(seq.blocks_short_of > 0 for seq in self._waiting[:1])
-        no_place = blocked or waiting + len(self._running) >= self.limits.max_num_seqs
-        if waiting >= self.limits.max_queued and no_place:
+        slots = 0 if blocked else self.limits.max_num_seqs - running
+        if waiting + 1 - slots > self.limits.max_queued:
             raise QueueFull(
-                f"{waiting} generations wait and {len(self._running)} run; "
+                f"{waiting} generations wait and {running} run; "
                 f"at most {self.limits.max_queued} may wait (--max-queued)"
             )
 
@@ -290,7 +290,7 @@ class Scheduler:
         One block for each running sequence is left to grow into, lest the newcomer is preempted at once.
         """
         pool, reserve = self.pool, len(self._running)
-        if pool.num_free < seq.blocks_short_of + reserve:
+        if seq.blocks_short_of and pool.num_free < seq.blocks_short_of + reserve:
             return None
         num_free = pool.num_free
         found: list[int] = []

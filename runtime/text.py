@@ -36,9 +36,7 @@ class Text:
         self._chat_template = chat_template
 
     @classmethod
-    def load(
-        cls, model: str | Path, max_model_len: int, vocab_size: int, *, chat_template: str | None = None
-    ) -> Text:
+    def load(cls, model: str | Path, max_model_len: int, vocab_size: int, *, chat_template: str | None = None) -> Text:
         """From a model's files. `chat_template`: instead of the model's own.
 
         Raises:
@@ -97,7 +95,8 @@ class Text:
         for id in ids:
             if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < self.vocab_size:
                 raise InvalidRequest(
-                    f"{param} has the token id {id!r:.40}; ids are integers from 0 to {self.vocab_size - 1}", param=param
+                    f"{param} has the token id {id!r:.40}; ids are integers from 0 to {self.vocab_size - 1}",
+                    param=param,
                 )
 
     def check_length(self, num_prompt: int, max_tokens: int | None) -> None:
@@ -149,7 +148,8 @@ class Text:
         source = self._chat_template or tokenizer.info.chat_template
         if source is None:
             raise InvalidRequest(
-                "this model has no chat template: use /v1/completions, or start it with --chat-template", param="messages"
+                "this model has no chat template: use /v1/completions, or start it with --chat-template",
+                param="messages",
             )
         return ChatTemplate(source, tokenizer.info.special, max_characters=self.max_characters)
 

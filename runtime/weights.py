@@ -1,20 +1,16 @@
 """Reads a rank's slices of the weights from a `Checkpoint` and holds them to the config's shapes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..parallel import quant
 from ..parallel.partition import length
-from ..parallel.quant import DenseLinear, LinearMethod
+from ..parallel.quant import DenseLinear, LinearMethod, packed_linear
 from .checkpoint import Checkpoint, Cut, PackedBlocks
 from .errors import CheckpointError
 from .models.naming import Names
 from .models.pieces import Piece
-
-packed_linear: Any = getattr(quant, "packed_linear", lambda *_, **__: None)  # TEMPORARY until quant.py has it
 
 CHUNK = 1 << 24  # weights that are converted at once: bounds the memory beside the result
 
@@ -93,11 +89,16 @@ class WeightReader:
         self.num_bytes += method.num_bytes() if method else 0
         return method
 
-    def dense(self, pieces: Sequence[Piece], *, transposed: bool = False) -> Tensor:
-        """The pieces as one matrix [out, in] in the model's dtype."""
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """Of the matrix that gives the logits: see `parallel.linear.float32_linear`."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+    def dense(self, pieces: Sequence[Piece], *, transposed: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """The pieces as one matrix [out, in]; dtype: default the model's."""
         rows = sum(length(piece.rows) for piece in pieces)
         cols = length(pieces[0].cols)
-        weight = torch.empty(rows, cols, dtype=self.dtype, device=self.device)
+        weight = torch.empty(rows, cols, dtype=dtype or self.dtype, device=self.device)
         first = 0
         for piece in pieces:
             self._check_piece(piece, transposed=transposed)

@@ -25,7 +25,9 @@ def merging_tokenizer() -> tokenizers.Tokenizer:
     """The byte tokenizer with some pairs merged: tokens of several letters, and halves of characters."""
     letters = _letters()
     vocabulary = {letter: byte for byte, letter in enumerate(letters)}
-    merges = [(letters[a], letters[b]) for a, b in (b"th", b"in", b"he", b"an", b" t", b"ab", "é".encode(), b"\xf0\x9f")]
+    merges = [
+        (letters[a], letters[b]) for a, b in (b"th", b"in", b"he", b"an", b" t", b"ab", "é".encode(), b"\xf0\x9f")
+    ]
     merges += [("Ġt", "he"), ("in", "g")]
     for left, right in merges:
         vocabulary[left + right] = len(vocabulary)

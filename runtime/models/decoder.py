@@ -137,11 +137,14 @@ class Decoder:
         blocks: Sequence[Block],
         entry: Embed | None,
         exit: Head | None,
+        dtype: torch.dtype,
         weight_bytes: int = 0,
     ) -> None:
+        """dtype: of activations; the residual stream is float32."""
         self.spec = spec
         self.layers = layers
         self.weight_bytes = weight_bytes
+        self._dtype = dtype
         self._blocks = tuple(blocks)
         self._entry = entry
         self._exit = exit
@@ -154,17 +157,18 @@ class Decoder:
         attention: AttentionBatch,
         kv: Sequence[KVLayer],
     ) -> Tensor:
-        """Hidden states [T, D] before the final norm, of a model in one stage."""
+        """Hidden states [T, D], float32, before the final norm, of a model in one stage."""
         return self.run(self.embed(token_ids_T, positions_T), Step(positions_T, slots_T, attention), kv)
 
     def embed(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
-        """Hidden states [T, D] that enter the first layer. Fresh."""
+        """Hidden states [T, D], float32, that enter the first layer. Fresh."""
         assert self._entry is not None, "only the first stage embeds"
         return self._entry(token_ids_T, positions_T)
 
     def run(self, residual_TD: Tensor, step: Step, kv: Sequence[KVLayer]) -> Tensor:
         """This stage's layers. Overwrites its argument and returns it."""
-        delta_TD = torch.zeros_like(residual_TD)  # adding it changes nothing and spares the first layer a special case
+        # Adding nothing spares the first layer a special case.
+        delta_TD = torch.zeros_like(residual_TD, dtype=self._dtype)
         for block, cache in zip(self._blocks, kv, strict=True):
             delta_TD = block(delta_TD, residual_TD, step, cache)
         return residual_TD.add_(delta_TD)

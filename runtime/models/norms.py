@@ -37,7 +37,7 @@ class Norm:
 
 def add_only(delta_TD: Tensor, residual_TD: Tensor) -> Tensor:
     """Where a part has no norm before it: it reads the residual itself."""
-    return residual_TD.add_(delta_TD)
+    return residual_TD.add_(delta_TD).to(delta_TD.dtype)
 
 
 def leave(q_THE: Tensor, k_TKE: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,11 @@ class FakeBackend:
     """Says `answer` to everything, one token an event; `before` may interfere with each."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """As new."""
+        vars(self).clear()
         self.answer = ANSWER
         self.delay_s = 0.0
         self.before: Callable[[GenerationRequest, int], None] | None = None

@@ -29,10 +29,16 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
 
 
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as running:
-        yield running
+def server(running: Server) -> Server:
+    running.backend.reset()
+    return running
 
 
 def chat(server: Server, **fields: Any) -> Any:
@@ -279,10 +285,11 @@ def test_continue_final_message(server: Server) -> None:
     assert server.ingress.text.decode(server.backend.requests[-1].prompt).endswith("assistant\nWell")
 
 
-def test_metrics(server: Server) -> None:
-    chat(server)
-    server.get("/nope")
-    text = server.get("/metrics").body.decode()
+def test_metrics() -> None:
+    with Server() as server:
+        chat(server)
+        server.get("/nope")
+        text = server.get("/metrics").body.decode()
     assert 'shoal_generation_tokens_total{replica="r1"} 42.0' in text
     assert 'shoal_kv_cache_usage_perc{replica="r1"} 0.4' in text
     assert "shoal_time_to_first_token_seconds_count 1.0" in text
@@ -418,3 +425,29 @@ def test_keep_alive_serves_many_requests_on_one_connection(server: Server) -> No
         for path, status in (("/health", 200), ("/nope", 404), ("/v1/models", 200), (CHAT, 405)):
             sock.sendall(request_bytes("GET", path, None))
             assert read_reply(sock).status == status
+
+
+def test_the_product_of_all_tokens_is_bounded() -> None:
+    with Server(RouterConfig(served_model_name=(MODEL,), max_total_tokens=100)) as server:
+        body = {"model": MODEL, "prompt": ["a", "b"], "n": 3, "max_tokens": 17}
+        reply = server.post(COMPLETIONS, body)
+        assert reply.status == 400
+        assert "102 tokens; at most 100" in reply.json["error"]["message"]
+        assert server.post(COMPLETIONS, body | {"max_tokens": 16}).status == 200
+
+
+def test_long_requests_are_read_off_the_loop(server: Server) -> None:
+    body = {"model": MODEL, "prompt": ["a" * 500] * 100, "max_tokens": 1, "padding": "x" * 300_000}
+    assert len(server.post(COMPLETIONS, body).json["choices"]) == 100
+    many = {"model": MODEL, "prompt": [[5] * 500] * 20, "max_tokens": 1}
+    assert len(server.post(COMPLETIONS, many).json["choices"]) == 20
+
+
+def test_logs_hold_nothing_of_what_was_said(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        server.backend.answer = "sesame"
+        chat(server, messages=[{"role": "user", "content": "open"}], strange="sesame")
+        server.post(CHAT, {"model": MODEL, "messages": "sesame"})
+        server.post(CHAT, b'{"sesame')
+        server.get("/sesame", authorization="Bearer sesame")
+    assert "sesame" not in caplog.text

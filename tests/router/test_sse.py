@@ -26,7 +26,7 @@ def running() -> Iterator[Server]:
 
 @pytest.fixture
 def server(running: Server) -> Server:
-    running.backend.__init__()  # type: ignore[misc]  # as new
+    running.backend.reset()
     return running
 
 
@@ -135,8 +135,13 @@ def test_a_replica_that_falls_silent_is_an_error_not_an_end(server: Server) -> N
 
 
 @pytest.mark.parametrize(
-    ("reason", "code"), [(FinishReason.TIMEOUT, "timeout"), (FinishReason.ABORT, "unavailable"), (FinishReason.ERROR, "internal_error")]
-)  # fmt: skip
+    ("reason", "code"),
+    [
+        (FinishReason.TIMEOUT, "timeout"),
+        (FinishReason.ABORT, "unavailable"),
+        (FinishReason.ERROR, "internal_error"),
+    ],
+)
 def test_incomplete_ends_are_errors(server: Server, reason: FinishReason, code: str) -> None:
     plain = server.backend._events
 

@@ -7,6 +7,7 @@ once. `isolated` says what a log must come to, without a scheduler.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -410,3 +411,41 @@ class Harness:
         assert self.pool.num_free == self.pool.num_blocks, "blocks are held at rest"
         for log in self.logs.values():
             self.check_log(log)
+
+
+class FakeGroup:
+    """A `WorkerGroup` around one fake rank. Holds results back while `gate` is shut.
+
+    Of the steps it may be told, it shuts the gate itself at one and breaks at the other.
+    """
+
+    def __init__(
+        self, worker: FakeWorker, *, depth: int = 1, shuts_at: int | None = None, breaks_at: int | None = None
+    ) -> None:
+        self.depth = depth
+        self.worker = worker
+        self.shuts_at = shuts_at
+        self.breaks_at = breaks_at
+        self.gate = threading.Event()
+        self.gate.set()
+        self.closed = False
+        self.num_collected = 0
+        self._results: deque[StepResult] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        assert len(self._results) < self.depth, "more plans in flight than the group's depth"
+        self._results.append(self.worker.execute(plan))
+
+    def collect(self) -> StepResult:
+        result = self._results.popleft()
+        if result.step == self.shuts_at:
+            self.gate.clear()
+        self.gate.wait()
+        self.num_collected += 1
+        if result.step == self.breaks_at:
+            raise RuntimeError("rank 0 is gone")
+        return result
+
+    def close(self) -> None:
+        self.closed = True
+        self.gate.set()

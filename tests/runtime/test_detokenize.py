@@ -21,7 +21,9 @@ BYTES = byte_text()
 MERGING = Tokenizer(merging_tokenizer())
 FALLBACK = Tokenizer(fallback_tokenizer())
 ALL = {"bytes": BYTES, "merging": MERGING, "fallback": FALLBACK}
-TEXTS = st.text() | st.sampled_from(["naïve café", "日本語テキスト", "👩‍👩‍👧‍👦 👍🏽", "e\u0301 ש\u05c1", " the thing", "\x00\ufeff"])
+TEXTS = st.text() | st.sampled_from(
+    ["naïve café", "日本語テキスト", "👩‍👩‍👧‍👦 👍🏽", "e\u0301 ש\u05c1", " the thing", "\x00\ufeff"]
+)
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], **options: bool) -> list[str]:
