@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from ..router.replica import HandleBackend, Parts, Replica
-from ..runtime.errors import InvalidRequest, Unavailable
-from ..runtime.generation import StructuredOutputs
-from ..runtime.grammar import Constraint
+from ..runtime.errors import Unavailable
 from .board import posting
 from .config import ShoalConfig
 from .ray_env import hold_serve_port
@@ -64,6 +62,8 @@ def build_parts(config: ShoalConfig, board: Path) -> Parts:
         from ..router.backend import ModelInfo
         from ..runtime.async_engine import AsyncEngine
         from ..runtime.build import build_replica
+        from ..runtime.grammar import GrammarCompiler
+        from ..runtime.tokenizer_files import load_tokenizer
 
         assert config.router.secret is not None
         built = build_replica(config.engine, secret=config.router.secret.encode())
@@ -78,20 +78,10 @@ def build_parts(config: ShoalConfig, board: Path) -> Parts:
         )
         return Parts(
             engine=AsyncEngine(built.engine),
-            grammars=NoGrammars(),
+            grammars=GrammarCompiler(load_tokenizer(built.model_path), info.vocab_size, built.eos_token_ids),
             info=info,
             drain_timeout_s=config.server.shutdown_timeout_s,
         )
-
-
-class NoGrammars:
-    """Refuses every output constraint."""
-
-    async def acheck(self, spec: StructuredOutputs) -> None:
-        raise InvalidRequest("structured outputs are not in this version", param="structured_outputs")
-
-    def constraint(self, spec: StructuredOutputs) -> Constraint:
-        raise NotImplementedError
 
 
 class IngressActor:

@@ -51,6 +51,8 @@ def posting(file: Path) -> Iterator[None]:
     handler = logging.StreamHandler(notes)
     logger = logging.getLogger("shoal")
     logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
     try:
         with redirect_stderr(_Lines(file, "phase")), redirect_stdout(notes):
             yield
@@ -59,6 +61,7 @@ def posting(file: Path) -> Iterator[None]:
         _post(file, "error", str(error) if refused else f"the replica failed to start: {type(error).__name__}: {error}")
         raise
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
 
 

@@ -6,6 +6,7 @@ answers 200.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 import logging
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -169,7 +171,9 @@ def stop_ray(config: ShoalConfig) -> None:
     import ray
 
     if ray.is_initialized():
-        with redirect_stdout(io.StringIO()):  # Serve's controller is killed by design; Ray prints that as a failure
+        # Serve's controller is killed by design, which Ray prints as a failure; Serve forgets to await its own routers.
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
             _within(config.server.shutdown_timeout_s + 5, drain, config.server.shutdown_timeout_s)
             _within(SERVE_STOP_S, _stop_serve)
             ray.shutdown()
@@ -179,8 +183,12 @@ def drain(timeout_s: float) -> None:
     """The ingress takes nothing new, and what runs ends by itself or with a terminal event at the deadline."""
     from ray import serve
 
-    handle = serve.get_app_handle(APP)
-    handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 5)
+    async def ask() -> None:  # handles want a running loop when Serve is set for throughput
+        handle = serve.get_app_handle(APP)
+        await handle.drain.remote(timeout_s)
+        await handle.shutdown_async()
+
+    asyncio.run(ask())
 
 
 def _stop_serve() -> None:

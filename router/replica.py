@@ -55,7 +55,9 @@ class Grammars(Protocol):
 
     async def acheck(self, spec: StructuredOutputs) -> None: ...
 
-    def constraint(self, spec: StructuredOutputs) -> Constraint: ...
+    def constraint(self, spec: StructuredOutputs, tokens: list[int] | None = None) -> Constraint: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +109,19 @@ class Replica:
     async def shutdown(self) -> None:
         """Drain to the deadline, then end the rest with a terminal event each."""
         await self._parts.engine.drain(self._parts.drain_timeout_s)
-        await asyncio.to_thread(self._parts.engine.close)
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """End the engine and the grammar processes. Idempotent."""
+        self._parts.engine.close()
+        self._parts.grammars.close()
 
     def __del__(self) -> None:  # Serve calls it last, after its own draining
-        if parts := getattr(self, "_parts", None):
-            parts.engine.close()
+        if hasattr(self, "_parts"):  # not so where building it failed
+            self.close()
 
     async def _frames(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
-        constraint = await self._constraint(request.params.structured_outputs)
+        constraint = await self._constraint(request)
         async with aclosing(self._parts.engine.generate(request, constraint)) as batches:
             async for batch in batches:
                 if batch[-1].finish_reason is FinishReason.ERROR and not self._parts.engine.healthy:
@@ -124,12 +131,14 @@ class Replica:
                     raise EngineDead(batch[-1].error or "the engine died")
                 yield batch
 
-    async def _constraint(self, spec: StructuredOutputs | None) -> Constraint:
-        """Compiled in the compiler's own workers: neither this event loop nor the engine waits for it."""
+    async def _constraint(self, request: GenerationRequest) -> Constraint:
+        """Behind the log's tokens. Checked in a process that may be killed, made in a thread: nobody waits for it."""
+        spec = request.params.structured_outputs
         if spec is None:
             return FREE
-        await self._parts.grammars.acheck(spec)
-        return self._parts.grammars.constraint(spec)
+        grammars = self._parts.grammars
+        await grammars.acheck(spec)
+        return await asyncio.to_thread(grammars.constraint, spec, request.tokens)
 
 
 class HandleBackend:

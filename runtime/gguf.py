@@ -43,6 +43,9 @@ class GGUFCheckpoint:
     def names(self) -> list[str]:
         return list(self._places)
 
+    def file_of(self, name: str) -> str:
+        return str(self.file.path)
+
     def shape(self, name: str) -> tuple[int, ...]:
         entry, change = self._find(name)
         return entry.shape[::-1] if change is Change.TRANSPOSED else entry.shape

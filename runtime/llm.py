@@ -232,7 +232,7 @@ class LLM:
                 raise InvalidRequest(f"a prompt has the key prompt or prompt_token_ids; got {sorted(prompt)!r:.80}")
         if isinstance(prompt, str):
             return prompt, self.text.encode_prompt(prompt)
-        ids = list(prompt)  # type: ignore[arg-type]
+        ids: list[int] = list(prompt)  # type: ignore[arg-type]
         self.text.check_tokens(ids)
         return None, ids
 

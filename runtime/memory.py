@@ -77,7 +77,7 @@ def plan_memory(
         fits = int(num_blocks) * config.block_size
         raise MemoryPlanError(
             f"one sequence of {max_model_len:,} tokens needs {blocks_a_sequence * block / GIB:.2f} GiB of KV cache, "
-            f"but {budget / GIB:.2f} GiB are planned for it ({fits:,} tokens): lower --max-model-len to {fits} or less, "
+            f"but {budget / GIB:.2f} GiB are planned ({fits:,} tokens): lower --max-model-len to {fits} or less, "
             f"or raise --kv-cache-memory-gb to {blocks_a_sequence * block / GIB + 0.005:.2f} or more"
         )
     return MemoryPlan(

@@ -36,7 +36,7 @@ _FILTERS = (
     "rejectattr", "reverse", "safe", "select", "selectattr", "sort", "string", "title", "trim", "truncate", "unique",
     "upper", "wordcount",
 )
-_DENIED_METHODS = ("center", "ljust", "rjust", "zfill", "expandtabs", "translate", "maketrans", "format_map")
+_DENIED_METHODS = ("center", "ljust", "rjust", "zfill", "expandtabs", "translate", "maketrans")
 # fmt: on
 Node = TypeVar("Node", bound=nodes.Node)
 _WIDE_FIELD = re.compile(r"[0-9]{4,}|\*|\{[^{}]*\{")  # a width of a format, or one that is given by an argument
@@ -140,6 +140,20 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`str.format` and `format_map`, as the sandbox gives them to templates."""
+        safe = super().wrap_str_format(value)
+        if safe is None:
+            return None
+
+        @pass_context
+        def formatted(context: Context, *args: Any, **kwargs: Any) -> str:
+            text = str(value.__self__)
+            _check_format(_budget(context), text, text.count("{"), (args, kwargs))
+            return safe(*args, **kwargs)
+
+        return formatted
+
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = _budget(context)
         budget.charge()
@@ -149,8 +163,6 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
                 return _joined(budget, args[0], owner)
             if name == "replace" and len(args) >= 2:
                 _check_replace(budget, owner, *args[:2])
-            elif name == "format":
-                _check_format(budget, owner, owner.count("{"), (args, kwargs))
         elif obj is Namespace and any(key.startswith("_") for key in kwargs):
             raise SecurityError("a namespace has no private attributes")
         return budget.weigh(super().call(context, obj, *args, **kwargs))

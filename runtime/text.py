@@ -100,7 +100,7 @@ class Text:
                 )
 
     def check_length(self, num_prompt: int, max_tokens: int | None) -> None:
-        """Raises ContextTooLong where prompt and max_tokens (None: at least one) do not fit; an empty prompt neither."""
+        """Raises ContextTooLong where prompt and max_tokens (None: one) do not fit, InvalidRequest for no prompt."""
         if num_prompt < 1:
             raise InvalidRequest("the prompt has no tokens; at least 1 is needed", param="prompt")
         wanted = 1 if max_tokens is None else max_tokens

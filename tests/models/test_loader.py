@@ -107,7 +107,7 @@ def test_half_checkpoints_in_float32(tiny, agree, dtype):
     agree(made, made.decoder())
 
 
-def test_bfloat16_is_close_and_half_the_size(tiny):
+def test_bfloat16_is_close_and_half_the_size_but_for_the_head(tiny):
     made = tiny("gemma3_text", dtype=torch.bfloat16, head_dim=16, num_hidden_layers=2)
     decoder = made.decoder(dtype=torch.bfloat16)
     prompt = list(range(20, 40))
@@ -115,7 +115,8 @@ def test_bfloat16_is_close_and_half_the_size(tiny):
     found, expected = torch.cat(sequence.logits), made.expected(prompt)
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
-    assert decoder.weight_bytes < 2.2 * sum(parameter.numel() for parameter in made.model.parameters())
+    head_bytes = 4 * 101 * 48
+    assert decoder.weight_bytes < head_bytes + 2.2 * sum(parameter.numel() for parameter in made.model.parameters())
 
 
 def test_a_tied_head_takes_no_memory(tiny):

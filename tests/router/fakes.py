@@ -12,12 +12,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import msgspec
 import uvicorn
 
 from shoal.router.api import create_app
 from shoal.router.backend import ModelInfo
 from shoal.router.config import RouterConfig
 from shoal.router.ingress import Ingress
+from shoal.router.replica import Replica
 from shoal.runtime.errors import Unavailable
 from shoal.runtime.generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from shoal.runtime.stats import Stats
@@ -122,6 +124,61 @@ def _logprob(token: int, num_top: int) -> TokenLogprob:
     """The token itself first, then its neighbours."""
     top = [((token + k) % VOCAB_SIZE, -0.5 - k) for k in range(num_top)]
     return TokenLogprob(-0.5, 1, top)
+
+
+class FakeHandle:
+    """A DeploymentHandle to one replica in this process."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self.cancelled = 0
+        self.breaks: Exception | None = None
+
+    def broadcast(self, method: str) -> FakeHandle:
+        return self
+
+    async def results_async(self, **options: Any) -> list[tuple[str, bytes]]:
+        return [("r1", msgspec.msgpack.encode(self._replica._parts.engine.stats()))]
+
+    def options(self, *, stream: bool) -> FakeHandle:
+        return self
+
+    def __getattr__(self, method: str) -> Any:
+        class Method:
+            @staticmethod
+            def remote(*arguments: Any) -> Any:
+                result = getattr(self._replica, method)(*arguments)
+                return Stream(self, result) if method == "generate" else Call(result)
+
+        return Method
+
+
+class Call:
+    def __init__(self, result: Any) -> None:
+        self._result = result
+
+    def __await__(self) -> Any:
+        return self._result.__await__()
+
+    def cancel(self) -> None: ...
+
+
+class Stream:
+    def __init__(self, handle: FakeHandle, frames: AsyncIterator[bytes]) -> None:
+        self._handle = handle
+        self._frames = frames
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        frame = await anext(self._frames)
+        if self._handle.breaks is not None:
+            raise self._handle.breaks
+        return frame
+
+    def cancel(self) -> None:
+        self._handle.cancelled += 1
 
 
 class Server:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -25,6 +25,8 @@ from shoal.runtime.generation import (
 )
 from shoal.runtime.grammar import FREE, Constraint
 from shoal.runtime.stats import Stats
+
+from .fakes import FakeHandle
 
 INFO = ModelInfo(model="tiny", max_model_len=512, vocab_size=260, eos_token_ids=[257])
 
@@ -67,57 +69,10 @@ class FakeGrammars:
         if spec.regex == "(":
             raise e.InvalidRequest("regex is '(': unbalanced", param="structured_outputs.regex")
 
-    def constraint(self, spec: StructuredOutputs) -> Constraint:
+    def constraint(self, spec: StructuredOutputs, tokens: list[int] | None = None) -> Constraint:
         return FREE
 
-
-class FakeHandle:
-    """A DeploymentHandle to one replica in this process."""
-
-    def __init__(self, replica: Replica) -> None:
-        self._replica = replica
-        self.cancelled = 0
-        self.breaks: Exception | None = None
-
-    def options(self, *, stream: bool) -> FakeHandle:
-        return self
-
-    def __getattr__(self, method: str) -> Any:
-        class Method:
-            @staticmethod
-            def remote(*arguments: Any) -> Any:
-                result = getattr(self._replica, method)(*arguments)
-                return Stream(self, result) if method == "generate" else Call(result)
-
-        return Method
-
-
-class Call:
-    def __init__(self, result: Any) -> None:
-        self._result = result
-
-    def __await__(self) -> Any:
-        return self._result.__await__()
-
-    def cancel(self) -> None: ...
-
-
-class Stream:
-    def __init__(self, handle: FakeHandle, frames: AsyncIterator[bytes]) -> None:
-        self._handle = handle
-        self._frames = frames
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> bytes:
-        frame = await anext(self._frames)
-        if self._handle.breaks is not None:
-            raise self._handle.breaks
-        return frame
-
-    def cancel(self) -> None:
-        self._handle.cancelled += 1
+    def close(self) -> None: ...
 
 
 def build(engine: FakeEngine) -> tuple[HandleBackend, FakeHandle]:
@@ -268,6 +223,13 @@ def test_info_ready_and_health() -> None:
             await handle._replica.check_health()
 
     asyncio.run(main())
+
+
+def test_a_replica_that_is_shut_down_drains_and_closes() -> None:
+    engine = FakeEngine()
+    asyncio.run(Replica(lambda: Parts(engine, FakeGrammars(), INFO)).shutdown())
+    assert not engine.ready
+    assert engine.closed
 
 
 def test_a_replica_that_does_not_answer_is_not_ready() -> None:

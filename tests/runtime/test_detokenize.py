@@ -101,15 +101,15 @@ def chunks(ids: list[int], seed: int) -> list[list[int]]:
 @given(
     text=LETTERS,
     cut=st.booleans(),
-    stop=st.lists(st.text("abé\ufffd", min_size=1, max_size=5), max_size=4),
-    min_tokens=st.integers(0, 8),
-    include=st.booleans(),
+    params=st.builds(
+        SamplingParams,
+        stop=st.lists(st.text("abé\ufffd", min_size=1, max_size=5), max_size=4),
+        min_tokens=st.integers(0, 8),
+        include_stop_str_in_output=st.booleans(),
+    ),
     seed=st.integers(0, 99),
 )
-def test_stop_strings_as_a_naive_search(
-    text: str, cut: bool, stop: list[str], min_tokens: int, include: bool, seed: int
-) -> None:
-    params = SamplingParams(stop=stop, min_tokens=min_tokens, include_stop_str_in_output=include)
+def test_stop_strings_as_a_naive_search(text: str, cut: bool, params: SamplingParams, seed: int) -> None:
     ids = MERGING.encode(text)[: -1 if cut else None]
     output = OutputText(params, MERGING)
     parts = chunks(ids, seed)

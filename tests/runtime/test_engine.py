@@ -366,6 +366,8 @@ def test_a_loop_that_goes_away_takes_its_logs_along() -> None:
     stream = serving_engine.generate(forever("a"))
     loop.run_until_complete(anext(stream))
     loop.close()
+    while group.gate.is_set():
+        time.sleep(0.001)
     group.gate.set()
     log = asyncio.run(collect(serving_engine, request("b")))
     assert log.ended
