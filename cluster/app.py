@@ -11,7 +11,7 @@ import secrets
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray import serve
 
@@ -20,9 +20,6 @@ from ..runtime.errors import Unavailable
 from .board import posting
 from .config import ShoalConfig
 from .ray_env import hold_serve_port
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
@@ -102,7 +99,8 @@ class IngressActor:
             text = Text(tokenizer, info.max_model_len, info.vocab_size)
             self.router = Ingress(backend, text, config.router)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Any:
+        """Serve asks for it once `__init__` is over."""
         from ..router.api import create_app
 
         return create_app(self.router)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..runtime.errors import StartupError
 from .progress import Progress
@@ -30,7 +30,7 @@ class _Lines(io.TextIOBase):
 
     def __init__(self, file: Path, kind: Kind) -> None:
         self._file = file
-        self._kind = kind
+        self._kind: Kind = kind
         self._rest = ""
 
     def write(self, text: str) -> int:
@@ -109,7 +109,8 @@ class Board:
             return []
         whole, newline, _ = text.rpartition("\n")
         self._offset += len((whole + newline).encode())
-        return [(entry["kind"], entry["text"]) for entry in map(json.loads, whole.splitlines())]
+        entries: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        return [(entry["kind"], entry["text"]) for entry in entries]
 
 
 def _post(file: Path, kind: Kind, text: str) -> None:

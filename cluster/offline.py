@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from typing import Any
 
 from ..runtime.errors import RequestError
@@ -34,10 +36,17 @@ def chat_with_model(model: str, overrides: Overrides, *, max_tokens: int, temper
     from ..runtime import LLM, SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-    with LLM(model, **engine_options(overrides)) as llm:
+    loop = asyncio.new_event_loop()
+    with LLM(model, **engine_options(overrides)) as llm, closing(loop):
 
         def answer(messages: Conversation) -> Iterator[str]:
-            yield llm.chat(messages, params, progress=False)[0].outputs[0].text
+            outputs = llm.stream(llm.text.encode_chat(messages), params)
+            said = ""
+            with suppress(StopAsyncIteration):
+                while True:
+                    text = loop.run_until_complete(anext(outputs)).outputs[0].text
+                    yield text[len(said) :]
+                    said = text
 
         converse(answer)
 

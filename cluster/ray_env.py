@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 LAUNCHER = """\
 #!/bin/sh
@@ -60,8 +62,8 @@ def hold_serve_port() -> None:
     nobody else needs to reach it.
     """
     import ray
-    from ray.serve._private import replica
 
+    replica: Any = import_module("ray.serve._private.replica")
     bind = replica.add_port_to_grpc_server
     address = f"{ray.util.get_node_ip_address()}:0"
     replica.add_port_to_grpc_server = lambda server, _everywhere: bind(server, address)

@@ -171,7 +171,9 @@ def stop_ray(config: ShoalConfig) -> None:
     import ray
 
     if ray.is_initialized():
-        # Serve's controller is killed by design, which Ray prints as a failure; Serve forgets to await its own routers.
+        # Serve's controller is killed by design, which Ray prints as a failure; Serve forgets to await its own routers,
+        # and warns that it does.
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             _within(config.server.shutdown_timeout_s + 5, drain, config.server.shutdown_timeout_s)

@@ -23,7 +23,7 @@ _PARAM = "structured_outputs"
 
 # Compact JSON: a model that may write spaces between tokens can do so until max_tokens. `oneOf` is taken as `anyOf`:
 # telling the alternatives apart is what its users mean by it, and the engine cannot count how many match.
-_JSON_OPTIONS: dict[str, Any] = {
+_JSON_OPTIONS: Any = {
     "whitespace_flexible": False, "item_separator": ",", "key_separator": ":", "lenient": False, "coerce_one_of": True,
 }  # fmt: skip
 _LARK_RULE = re.compile(r"[ \t]*(%|start[ \t]*:)")

@@ -26,7 +26,7 @@ from jinja2.visitor import NodeTransformer
 MAX_CHARACTERS = 2**28  # made by one rendering, all intermediate strings together
 _MAX_NUMBER_BITS = 4096
 _MAX_INDENT = 16
-_CLOCK_EVERY = 64  # charges between two looks at the clock
+_CLOCK_EVERY = 16  # charges between two looks at the clock
 
 # What chat templates use. jinja2's others pad, wrap or invent text of any size, or run regular expressions over it.
 # fmt: off

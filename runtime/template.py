@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from jinja2 import Template
 from jinja2.exceptions import TemplateError
 
-from .errors import InvalidRequest
+from .errors import ContextTooLong, InvalidRequest
 from .sandbox import MeteredEnvironment
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -55,6 +55,7 @@ class ChatTemplate:
 
         Raises:
             InvalidRequest: a message is malformed, the template refuses the conversation, or it takes too long.
+            ContextTooLong: over `max_characters`.
         """
         chat = self._read(messages)
         if continue_final_message:
@@ -85,7 +86,12 @@ class ChatTemplate:
                 pieces.append(piece)
                 size += len(piece)
                 if size > self._max_characters:
-                    raise TemplateError(f"the prompt has more than {self._max_characters} characters")
+                    raise ContextTooLong(
+                        f"the prompt has more than {self._max_characters} characters (--max-model-len)",
+                        param="messages",
+                    )
+        except ContextTooLong:
+            raise
         except Exception as error:  # a template picks its own operands: any of Python's errors may come
             raise InvalidRequest(
                 f"the model's chat template cannot render these messages: {_reason(error)}", param="messages"

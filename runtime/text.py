@@ -1,4 +1,4 @@
-"""Station 4: prompts and conversations -> token ids, and tokens -> text. Pure: no torch, no Ray, no clock."""
+"""Station 4: prompts and conversations -> token ids, and tokens -> text. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .detokenize import Detokenizer, OutputText
 from .errors import ContextTooLong, InvalidRequest
 from .generation import SamplingParams
 from .template import ChatTemplate
-from .tokenizer import Tokenizer, check_unicode
+from .tokenizer import Tokenizer
 from .tokenizer_files import load_tokenizer
 
 __all__ = ["Detokenizer", "OutputText", "Text", "Tokenizer", "choice_seed", "load_tokenizer"]
@@ -83,11 +83,8 @@ class Text:
         return self.encode_prompt(text, add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The prompt's text; `options` as in `encode_chat`. Raises InvalidRequest."""
+        """The prompt's text; `options` as in `encode_chat`. Raises InvalidRequest, ContextTooLong."""
         self._need_tokenizer()
-        for message in messages:
-            if isinstance(message, Mapping) and isinstance(message.get("content"), str):
-                check_unicode(message["content"])
         return self._template.render(messages, **options)
 
     def check_tokens(self, ids: Sequence[int], *, param: str = "prompt") -> None:

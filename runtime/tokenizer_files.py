@@ -10,6 +10,8 @@ from typing import Any
 import tokenizers
 
 from .errors import CheckpointError
+from .gguf_file import GGUFFile
+from .gguf_tokenizer import build_tokenizer, read_tokenizer_data
 from .tokenizer import Tokenizer, TokenizerInfo
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -154,4 +156,17 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _from_gguf(file: Path) -> Tokenizer | None:
-    raise NotImplementedError
+    if "tokenizer.ggml.model" not in GGUFFile(file).metadata:
+        return None
+    data = read_tokenizer_data(file)
+    ids = {"bos_token": data.bos_id, "eos_token": data.eos_id, "unk_token": data.unk_id, "pad_token": data.pad_id}
+    return Tokenizer(
+        build_tokenizer(data),
+        TokenizerInfo(
+            special={name: data.tokens[id] for name, id in ids.items() if id is not None},
+            eos_ids=data.end_ids,
+            add_bos=data.add_bos,
+            add_eos=data.add_eos,
+            chat_template=data.chat_template,
+        ),
+    )

@@ -102,14 +102,6 @@ def test_every_listening_socket_is_on_loopback(server: Server) -> None:
     assert {address for address, _ in found} <= LOOPBACK, found
 
 
-def test_actors_use_the_installed_package(server: Server) -> None:
-    """With the repository's root on an actor's path our kernels/ would shadow the package of that name."""
-    for pid in descendants(server.process.pid):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if any(entry.startswith(b"RAY_RAYLET_PID=") for entry in environment):
-            assert b"PYTHONSAFEPATH=1" in environment
-
-
 def test_chat_with_the_openai_client(server: Server) -> None:
     import openai
 

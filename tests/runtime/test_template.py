@@ -146,7 +146,7 @@ DOUBLE = "".join("{% set x = " + op + " %}" for op in ["x ~ x"] * 60)
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}BODY{% endfor %}{% endfor %}"
 HOSTILE = {
     "loops": LOOPS.replace("BODY", "{% set x = a %}"),
-    "loop filter": "{% for a in range(99999) if LOOP %}{% endfor %}".replace("LOOP", "range(99999) | sum == a"),
+    "idle loops": LOOPS.replace("BODY", "").replace("for b in range(99999)", "for b in range(99999) if b < 0"),
     "output": LOOPS.replace("BODY", "0123456789"),
     "captured": "{% set x %}" + LOOPS.replace("BODY", "0123456789") + "{% endset %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -205,7 +205,7 @@ def test_a_hostile_template_ends_soon_with_the_requests_error(name: str) -> None
 @pytest.mark.parametrize(
     "source",
     [
-        "{{ '' | attr('__class__') }}", "{{ ''.__class__ }}", "{{ '{0.__class__}'.format('') }}", "{{ 'a'.center(9) }}",
+        "{{ '' | attr('__class__') }}", "{{ ''.__class__ }}", "{{ '{0.__class__}'.format('') }}",
         "{{ raise_exception.__globals__ }}", "{{ ''.format.__globals__ }}", "{{ messages.__init__ }}", "{{ (1).real }}",
     ],
 )  # fmt: skip
