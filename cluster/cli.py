@@ -10,6 +10,7 @@ import typer
 
 from ..runtime.errors import ConfigError, ShoalError, StartupError
 from .flags import section_fields, with_flags
+from .processes import Stop
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -166,5 +167,7 @@ def main() -> None:
     except ShoalError as error:
         print(f"shoal: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
+    except Stop as stop:
+        sys.exit(128 + stop.signum)  # before the service was ready; afterwards a signal is a clean end
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

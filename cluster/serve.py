@@ -43,6 +43,7 @@ def serve_forever(config: ShoalConfig) -> int:
     with Progress() as progress, running(config, progress) as url:
         announce(config, url)
         return wait_for_end(url)
+    return 0  # a signal ended the block
 
 
 @contextmanager
@@ -50,13 +51,14 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
     """The service, ready, and its URL; on exit nothing of it is left. `Stop` ends the block quietly.
 
     Raises:
-        ConfigError: refused before anything starts. StartupError: it did not become ready.
+        ConfigError: refused before anything starts. StartupError: it did not become ready. Stop: a signal came before.
     """
     check_supported(config)
     port = free_port(config.server.host, config.server.port)
     resolve_model(config.engine.model)
     run_dir = Path(tempfile.mkdtemp(prefix="shoal-"))
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    ready = False
     try:
         with adopting_orphans():
             try:
@@ -66,13 +68,15 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
                 raise_on_signals()
                 url = deploy(config, port=port, board=Board(run_dir / "board"), progress=progress)
                 progress.close()
+                ready = True
                 yield url
             finally:
                 ignore_signals()
                 progress.phase("stopping")
                 stop_ray(config)
     except Stop:
-        pass
+        if not ready:
+            raise
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""Sampling on the CPU without sorting or hashing the whole vocabulary. Part of `CpuOps`; exact, see each function.
+"""Sampling on the CPU without sorting the vocabulary, nor hashing more of it than can win. Part of `CpuOps`; exact.
 
 Row by row: a row of 49k numbers and its intermediates stay in the core's cache, a whole batch of them does not.
 """
@@ -13,10 +13,8 @@ from . import noise
 from .ops import SamplingBatch
 from .reference import filter_min_p, filter_top_k, filter_top_p, scale_by_temperature
 
-# Candidates looked at before a row is sorted as a whole: the nucleus of nearly every row is far smaller.
-_CANDIDATES = 256
-# No noise is larger (23 bits of uniform give at most 16.64), so what lies further below one token's score cannot win.
-_NOISE_BOUND = 17.0
+# How many candidates to look at before a row is sorted as a whole: nearly every nucleus is smaller than one of these.
+_CANDIDATES = (256, 4096)
 # A sum of a row's float32 exponentials is right to far less than this.
 _SUM_ERROR = 1e-5
 
@@ -32,6 +30,7 @@ class Filters(NamedTuple):
 def draw_rows(logits_RV: Tensor, sampling: SamplingBatch, best_R: Tensor, greedy_R: Tensor) -> Tensor:
     """The token of each row, given its largest logit and where that is: [R] int64. Of unusable rows: anything."""
     vocab = logits_RV.shape[1]
+    ids_V = torch.arange(vocab, dtype=torch.int32)
     key_0_R, key_1_R = noise.row_keys(sampling.seed_R, sampling.position_R)
     top_ks, top_ps, min_ps = sampling.top_k_R.tolist(), sampling.top_p_R.tolist(), sampling.min_p_R.tolist()
     tokens_R = greedy_R.clone()
@@ -46,9 +45,8 @@ def draw_rows(logits_RV: Tensor, sampling: SamplingBatch, best_R: Tensor, greedy
         keys = key_0_R[one], key_1_R[one]
         threshold = find_threshold(scaled_1V, filters, sampling, one)
         if threshold is None:
-            best = greedy_R[one]
-            score = scaled_1V[0, best] + noise.gumbel(*keys, best.to(torch.int32))[0]
-            threshold = score - _NOISE_BOUND - 1e-6 * score.abs()
+            tokens_R[row] = (scaled_1V + noise.gumbel(*keys, ids_V)).argmax()
+            continue
         # In rising order, so that among equal scores the lowest id wins, as argmax has it.
         kept = (scaled_1V[0] >= threshold).nonzero()[:, 0]
         scores = scaled_1V[0, kept] + noise.gumbel(*keys, kept.to(torch.int32))[0]
@@ -61,8 +59,10 @@ def find_threshold(scaled_1V: Tensor, filters: Filters, sampling: SamplingBatch,
     if filters == Filters(0, 1.0, 0.0):
         return None
     vocab = scaled_1V.shape[1]
-    count = min(vocab, max(_CANDIDATES, filters.top_k + 1))
-    if count * 8 < vocab:
+    for candidates in _CANDIDATES:
+        count = max(candidates, filters.top_k + 1)
+        if count * 8 > vocab:
+            break  # sorting all costs no more
         threshold = _threshold_from(scaled_1V[0], scaled_1V[0].topk(count).values, filters)
         if threshold is not None:
             return threshold
@@ -97,21 +97,20 @@ def _threshold_from(scaled_V: Tensor, top_C: Tensor, filters: Filters) -> Tensor
     inside_C = top_C[top_C >= bound]
     weights_C = (inside_C.double() - top_C[0].double()).exp()
     if len(inside_C) < len(top_C):  # all that is left is among the candidates
-        return _nucleus_end(inside_C, weights_C, weights_C.sum(), filters.top_p)[0]
-    kept_V = scaled_V if bound == -math.inf else scaled_V[scaled_V >= bound]
-    end, margin = _nucleus_end(inside_C, weights_C, (kept_V - top_C[0]).exp_().sum().double(), filters.top_p)
-    if margin < _SUM_ERROR:
-        total = (kept_V.double() - top_C[0].double()).exp().sum()
-        end, _ = _nucleus_end(inside_C, weights_C, total, filters.top_p)
-    return end
+        count, _ = _nucleus_size(weights_C, weights_C.sum(), filters.top_p)
+    else:
+        kept_V = scaled_V if bound == -math.inf else scaled_V[scaled_V >= bound]
+        count, margin = _nucleus_size(weights_C, (kept_V - top_C[0]).exp_().sum(), filters.top_p)
+        if margin < _SUM_ERROR:
+            exact = (kept_V.double() - top_C[0].double()).exp_().sum()
+            count, _ = _nucleus_size(weights_C, exact, filters.top_p)
+        if count == len(top_C):
+            return None
+    return inside_C[max(count, 1) - 1]
 
 
-def _nucleus_end(
-    logits_C: Tensor, weights_C: Tensor, total: Tensor, top_p: float
-) -> tuple[Tensor | None, float]:
-    """The nucleus's last logit (None: it may go on past these), and how narrowly any of them got in or stayed out."""
+def _nucleus_size(weights_C: Tensor, total: Tensor, top_p: float) -> tuple[int, float]:
+    """How many have less than `top_p` of the mass before them, and by how little the nearest one has or has not."""
     probabilities_C = weights_C / total
     before_C = probabilities_C.cumsum(0) - probabilities_C
-    count = int((before_C < top_p).sum())
-    margin = float((before_C - top_p).abs().min())
-    return (None if count == len(logits_C) == _candidates_only(count) else logits_C[max(count, 1) - 1]), margin
+    return int((before_C < top_p).sum()), float((before_C - top_p).abs().min())

@@ -8,6 +8,7 @@ once. `isolated` says what a log must come to, without a scheduler.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -414,17 +415,14 @@ class Harness:
 
 
 class FakeGroup:
-    """A `WorkerGroup` around one fake rank. Holds results back while `gate` is shut.
-
-    Of the steps it may be told, it shuts the gate itself at one and breaks at the other.
-    """
+    """A `WorkerGroup` around one fake rank. Holds results back while `gate` is shut, and for `step_s` in any case."""
 
     def __init__(
-        self, worker: FakeWorker, *, depth: int = 1, shuts_at: int | None = None, breaks_at: int | None = None
+        self, worker: FakeWorker, *, depth: int = 1, step_s: float = 0.0, breaks_at: int | None = None
     ) -> None:
         self.depth = depth
         self.worker = worker
-        self.shuts_at = shuts_at
+        self.step_s = step_s
         self.breaks_at = breaks_at
         self.gate = threading.Event()
         self.gate.set()
@@ -437,10 +435,9 @@ class FakeGroup:
         self._results.append(self.worker.execute(plan))
 
     def collect(self) -> StepResult:
-        result = self._results.popleft()
-        if result.step == self.shuts_at:
-            self.gate.clear()
+        time.sleep(self.step_s)
         self.gate.wait()
+        result = self._results.popleft()
         self.num_collected += 1
         if result.step == self.breaks_at:
             raise RuntimeError("rank 0 is gone")

@@ -38,6 +38,7 @@ def request(request_id: str, *, num_prompt: int = 6, **params: object) -> Genera
 
 
 def forever(request_id: str) -> GenerationRequest:
+    """Seconds long where a step takes milliseconds."""
     return request(request_id, max_tokens=990)
 
 
@@ -196,7 +197,8 @@ async def test_constraints_reach_the_ranks() -> None:
 
 @asynchronous
 async def test_a_consumer_that_leaves_frees_its_place() -> None:
-    async with serving() as (engine, _):
+    async with serving() as (engine, group):
+        group.step_s = 0.002
         stream = engine.generate(forever("a"))
         assert await anext(stream)
         await stream.aclose()
@@ -330,11 +332,10 @@ async def test_draining_lets_live_logs_end_and_takes_no_more() -> None:
 @asynchronous
 async def test_draining_aborts_the_rest_at_the_deadline() -> None:
     async with serving() as (engine, group):
-        task = await start(engine, group, forever("a"))
-        drained = asyncio.create_task(engine.drain(0.01))
-        await asyncio.sleep(0.1)
-        group.gate.set()
-        await drained
+        group.step_s = 0.002
+        task = asyncio.create_task(collect(engine, forever("a")))
+        await until(lambda: group.num_collected > 0)
+        await engine.drain(0.01)
         log = await task
     assert log.last is not None
     assert log.last.finish_reason is FinishReason.ABORT
@@ -344,13 +345,10 @@ async def test_draining_aborts_the_rest_at_the_deadline() -> None:
 async def test_closing_ends_every_stream() -> None:
     engine, group = build()
     serving_engine = AsyncEngine(engine)
-    tasks = [await start(serving_engine, group, forever("first"))]
-    tasks += [asyncio.create_task(collect(serving_engine, forever("x" * i))) for i in range(1, 4)]
-    await asyncio.sleep(0.01)
-    closing = asyncio.create_task(asyncio.to_thread(serving_engine.close))
-    await until(lambda: not serving_engine.ready)
-    group.gate.set()
-    await closing
+    group.step_s = 0.002
+    tasks = [asyncio.create_task(collect(serving_engine, forever("x" * i))) for i in range(1, 7)]
+    await until(lambda: group.num_collected > 0)
+    await asyncio.to_thread(serving_engine.close)
     assert {log.last.finish_reason for log in await asyncio.gather(*tasks)} == {FinishReason.ABORT}  # type: ignore[union-attr]
     assert group.closed
     serving_engine.close()
@@ -360,16 +358,13 @@ async def test_closing_ends_every_stream() -> None:
 
 def test_a_loop_that_goes_away_takes_its_logs_along() -> None:
     engine, group = build()
-    group.shuts_at = 1
+    group.step_s = 0.002
     serving_engine = AsyncEngine(engine)
 
     loop = asyncio.new_event_loop()
     stream = serving_engine.generate(forever("a"))
     loop.run_until_complete(anext(stream))
-    while group.gate.is_set():
-        time.sleep(0.001)
     loop.close()
-    group.gate.set()
     log = asyncio.run(collect(serving_engine, request("b")))
     assert log.ended
     assert serving_engine.healthy

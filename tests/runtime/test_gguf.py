@@ -1,4 +1,4 @@
-"""GGUF: small files of every family written by the `gguf` package, damaged ones, and a real one against transformers."""
+"""GGUF: small files of all families written by the `gguf` package, damaged ones, a real one against transformers."""
 
 import importlib.util
 import random
