@@ -105,7 +105,7 @@ class Int4Linear:
 
     GROUP = 32
     # Rows of x from which unpacking pays: the int4 product costs as much for each row, unpacking costs once.
-    UNPACK_FROM = 48
+    UNPACK_FROM = 64
     _UNPACKED_WEIGHTS = 1 << 22  # at a time: bounds the scratch (8 MiB)
     _PACKED_ROWS = 1 << 10  # at a time, while loading: a multiple of every tile
 

@@ -8,16 +8,19 @@ engine and `_streams` belong to the engine's thread alone.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 
 from .engine import Engine
-from .errors import EngineDead, ShoalError, Unavailable
+from .errors import EngineDead, EngineError, ShoalError, Unavailable
 from .generation import FinishReason, GenerationRequest, TokenEvent
 from .grammar import FREE, Constraint
 from .stats import Stats
+
+log = logging.getLogger(__name__)
 
 STATS_EVERY_S = 0.1
 
@@ -157,23 +160,30 @@ class AsyncEngine:
         """Abort what is live, end the thread and the ranks. Idempotent."""
         self._draining = self._closing = True
         self._wake.set()
-        self._thread.join(timeout_s)  # a step that hangs is left behind: the thread is a daemon
+        self._thread.join(timeout_s)
+        self._end_all(FinishReason.ABORT, "the engine was closed")  # a step that hangs is left behind, its thread too
         self._engine.close()
 
     # The engine's side
 
     def _run(self) -> None:
-        reason, error = FinishReason.ABORT, "the engine was closed"
         try:
             while not self._closing:
                 self._work()
-        except Exception as failure:  # noqa: BLE001 whatever it is, every consumer must hear of it
-            reason, error = FinishReason.ERROR, str(failure)
+            self._end_all(FinishReason.ABORT, "the engine was closed")
+        except Exception as failure:
+            log.error("the engine's thread has ended", exc_info=failure)
+            self._end_all(FinishReason.ERROR, str(failure))
+
+    def _end_all(self, reason: FinishReason, error: str) -> None:
+        """The last thing that any consumer hears. Only the first call counts."""
         with self._lock:
+            if self._death is not None:
+                return
             self._death = EngineDead(error)
             rest = [*self._streams.values(), *self._coming]
+            self._streams = {}
         self._busy = False
-        self._streams.clear()
         self._send((stream, _last_event(stream, reason, error)) for stream in rest if not stream.abandoned)
         self._idle.set()
 
@@ -216,6 +226,9 @@ class AsyncEngine:
             raise
         except ShoalError as refusal:
             self._send([(stream, refusal)])
+        except Exception as failure:
+            log.error("a generation could not be taken in", exc_info=failure)
+            self._send([(stream, EngineError(f"the generation could not be taken in: {type(failure).__name__}"))])
         else:
             self._streams[stream.request.id] = stream
 
@@ -227,7 +240,9 @@ class AsyncEngine:
     def _deliver(self, events: list[TokenEvent]) -> None:
         batch: _Batch = []
         for event in events:
-            stream = self._streams[event.id]
+            stream = self._streams.get(event.id)
+            if stream is None:
+                continue  # `close` did not wait for this step and has told the consumer
             stream.num_sent += len(event.tokens)
             if event.finish_reason is not None:
                 del self._streams[event.id]

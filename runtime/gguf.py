@@ -17,6 +17,7 @@ from .gguf_file import GGUFFile, TensorEntry
 from .gguf_names import IGNORED_TENSORS, Change, Metadata, build_config, family_of
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KEEPS_BLOCKS = (Change.NONE, Change.PAIRED_Q, Change.PAIRED_K)  # whole rows moved, at most
 _Range = tuple[int, int]
 
 
@@ -157,6 +158,3 @@ class GGUFCheckpoint:
         only = next(iter(formats)) if len(formats) == 1 else ""
         config["dtype"] = str(_FLOATS.get(only, torch.bfloat16)).removeprefix("torch.")
         return config
-
-
-_KEEPS_BLOCKS = (Change.NONE, Change.PAIRED_Q, Change.PAIRED_K)

@@ -112,7 +112,7 @@ _GPT2_KEYS = {
 }
 _PAIRED = {"attn_q": Change.PAIRED_Q, "attn_k": Change.PAIRED_K}
 _ADDED = {part: Change.PLUS_ONE for part in ("output_norm", *_GEMMA3_LAYER) if part.endswith("_norm")}
-_TURNED = dict.fromkeys(("attn_qkv", "attn_output", "ffn_up", "ffn_down"), Change.TRANSPOSED)
+_TURNED: dict[str, Change] = dict.fromkeys(("attn_qkv", "attn_output", "ffn_up", "ffn_down"), Change.TRANSPOSED)
 
 
 def _dense(model_type: str, config_class: str, layer: dict[str, str], changed: dict[str, Change]) -> Family:

@@ -9,17 +9,19 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec.structs import replace
 
 from shoal.runtime.async_engine import AsyncEngine
 from shoal.runtime.blocks import BlockPool
 from shoal.runtime.engine import Engine
-from shoal.runtime.errors import ContextTooLong, EngineDead, InvalidRequest, QueueFull, Unavailable
+from shoal.runtime.errors import ContextTooLong, EngineDead, EngineError, InvalidRequest, QueueFull, Unavailable
 from shoal.runtime.generation import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from shoal.runtime.policy import FirstCome
 from shoal.runtime.scheduler import Scheduler
 from shoal.runtime.sequence import Limits
 
-from .fakes import EOS, VOCAB, Clock, FakeGroup, FakeWorker, Log, Stepwise, isolated
+from .fakes import EOS, VOCAB, Clock, FakeGroup, FakeWorker, Stepwise, isolated
+from .harness import Log
 
 LIMITS = Limits(
     max_model_len=1000,
@@ -354,6 +356,28 @@ async def test_closing_ends_every_stream() -> None:
     serving_engine.close()
     with pytest.raises(EngineDead, match="closed"):
         await collect(serving_engine, request("late"))
+
+
+@asynchronous
+async def test_closing_does_not_wait_for_a_step_that_hangs() -> None:
+    async with serving() as (engine, group):
+        task = await start(engine, group, forever("a"))
+        await asyncio.to_thread(engine.close, 0.01)
+        log = await task
+    assert log.last is not None
+    assert (log.last.finish_reason, log.last.error) == (FinishReason.ABORT, "the engine was closed")
+
+
+@asynchronous
+async def test_a_request_that_nobody_thought_of_ends_no_other() -> None:
+    async with serving() as (engine, group):
+        task = await start(engine, group, request("a"))
+        bad = asyncio.create_task(collect(engine, replace(request("b"), tenant=None)))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        group.gate.set()
+        with pytest.raises(EngineError, match="could not be taken in"):
+            await bad
+        assert (await task).last.finish_reason is FinishReason.LENGTH  # type: ignore[union-attr]
 
 
 def test_a_loop_that_goes_away_takes_its_logs_along() -> None:

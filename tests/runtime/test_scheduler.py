@@ -11,7 +11,8 @@ from shoal.runtime.plan import StepPlan
 from shoal.runtime.policy import Priority
 from shoal.runtime.sequence import Ending, Limits
 
-from .fakes import EOS, POISON, VOCAB, Harness, Stepwise
+from .fakes import EOS, POISON, VOCAB, Stepwise
+from .harness import Harness
 
 
 def limits(**changes: object) -> Limits:

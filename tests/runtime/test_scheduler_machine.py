@@ -18,7 +18,8 @@ from shoal.runtime.generation import GenerationRequest, SamplingParams
 from shoal.runtime.policy import FirstCome, Priority
 from shoal.runtime.sequence import Limits
 
-from .fakes import EOS, POISON, VOCAB, Harness, Stepwise
+from .fakes import EOS, POISON, VOCAB, Stepwise
+from .harness import Harness
 
 BASES = [[2, 3, 4, 5] * 8, [2, 3, 4, 5, 2, 3, 4, 6] * 4, [7] * 32]
 
