@@ -40,16 +40,24 @@ def row_linear(method: LinearMethod, bias: Tensor | None, *, comm: Comm) -> Laye
     return then(partial_linear(method, bias, comm=comm), comm.all_reduce)
 
 
-def vocab_embedding(table_VD: Tensor, *, vocab_size: int, comm: Comm) -> Layer:
-    """Rows of a table of which each rank holds those of its part of the vocabulary: ids [T] -> [T, D]."""
+def table_lookup(table_VD: Tensor) -> Layer:
+    """Rows of a dense table."""
+    return lambda ids_T: F.embedding(ids_T, table_VD)
+
+
+def vocab_embedding(lookup: Layer, *, vocab_size: int, comm: Comm) -> Layer:
+    """Rows of a table of which each rank holds those of its part of the vocabulary: ids [T] -> [T, D].
+
+    lookup: the rank's part, by ids that count from its own first.
+    """
     if comm.size == 1:
-        return lambda ids_T: F.embedding(ids_T, table_VD)
+        return lookup
     mine = cut_vocab(vocab_size, shard=comm.shard, size=comm.size)
 
     def embed(ids_T: Tensor) -> Tensor:
         outside_T1 = ((ids_T < mine.start) | (ids_T >= mine.stop))[:, None]
-        rows_T = (ids_T - mine.start).clamp_(0, max(len(table_VD) - 1, 0))
-        return comm.all_reduce(F.embedding(rows_T, table_VD).masked_fill_(outside_T1, 0))
+        rows_T = (ids_T - mine.start).clamp_(0, max(length(mine) - 1, 0))
+        return comm.all_reduce(lookup(rows_T).masked_fill_(outside_T1, 0))
 
     return embed
 
@@ -57,8 +65,8 @@ def vocab_embedding(table_VD: Tensor, *, vocab_size: int, comm: Comm) -> Layer:
 def float32_linear(weight_VD: Tensor) -> Layer:
     """`x @ W.T` in float32 for x in float32: products are summed and kept in it, whatever the weight is stored as.
 
-    The logits of likely tokens lie near each other and far from zero, where bfloat16 steps by 0.125: rounded to it they
-    tie. A CPU has no such product for 16-bit weights, so there the weight is float32 (`WeightReader.head_dtype`).
+    The logits of likely tokens lie near each other and far from zero, where bfloat16 steps by 0.125: rounded to it
+    they tie. Torch has this product for 16-bit weights on GPUs only.
     """
     if weight_VD.dtype is torch.float32:
         return lambda x_RD: F.linear(x_RD, weight_VD)

@@ -3,7 +3,9 @@
 A rank's slice is cut when it is read (`runtime/weights.py`), so a method here knows nothing of shards.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -96,6 +98,52 @@ def _pack_int4(nibbles_FD: Tensor) -> Tensor:
     return packed
 
 
+class HalfLinear:
+    """A weight in float16 for inputs and outputs in float32: FBGEMM's product, which reads 16 bits and sums 32.
+
+    On a CPU it runs at the memory's speed where torch's own float32 and bfloat16 products do not: 1.3 ms against 9.8
+    and 3.1 for one row by 49,152 x 576 on two cores.
+    """
+
+    def __init__(self, weight_FD: Tensor) -> None:
+        """`weight_FD` is float32; what is beyond float16's range is clipped to it."""
+        self.out_features, self.in_features = weight_FD.shape
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight_FD, None)
+
+    @staticmethod
+    def is_available() -> bool:
+        """FBGEMM is part of torch on x86 processors with AVX2."""
+        return "fbgemm" in torch.backends.quantized.supported_engines
+
+    def apply(self, x_TD: Tensor) -> Tensor:
+        y_TF: Tensor = torch.ops.quantized.linear_dynamic_fp16(x_TD, self._packed)
+        return y_TF
+
+    def num_bytes(self) -> int:
+        return 2 * self.out_features * self.in_features
+
+
+class BlockTable:
+    """An embedding table as GGUF's blocks: the rows that are asked for are dequantised, float32 [T, D]."""
+
+    def __init__(self, format: str, rows: NDArray[np.uint8]) -> None:
+        self._read = _BLOCK_READERS[format]
+        self._rows = torch.from_numpy(np.array(rows))
+
+    @staticmethod
+    def reads(format: str) -> bool:
+        return format in _BLOCK_READERS
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def lookup(self, ids_T: Tensor) -> Tensor:
+        return self._read(self._rows.index_select(0, ids_T))
+
+    def num_bytes(self) -> int:
+        return self._rows.nbytes
+
+
 class Int4Linear:
     """GGUF's 4-bit blocks of 32 in torch's packed form: held once, multiplied in two ways.
 
@@ -169,3 +217,23 @@ def _read_q4_blocks(format: str, blocks: NDArray[np.uint8]) -> tuple[Tensor, Ten
     scale_FG = numbers[..., 0]
     zero_FG = torch.zeros_like(scale_FG) if format == "Q4_0" else numbers[..., 1] + 8 * scale_FG
     return nibbles_FD, scale_FG, zero_FG
+
+
+def _dequantise_q4(format: str, rows: Tensor) -> Tensor:
+    nibbles_FD, scale_FG, zero_FG = _read_q4_blocks(format, rows.numpy())
+    centred = (nibbles_FD - 8).view(len(rows), -1, Int4Linear.GROUP)
+    return torch.addcmul(zero_FG[..., None], scale_FG[..., None], centred).flatten(1)
+
+
+def _dequantise_q8_0(rows: Tensor) -> Tensor:
+    """Blocks of a float16 scale and 32 signed bytes."""
+    blocks = rows.view(len(rows), -1, 34)
+    scale = blocks[..., :2].contiguous().view(torch.float16).float()
+    return (blocks[..., 2:].view(torch.int8) * scale).flatten(1)
+
+
+_BLOCK_READERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q4_0": partial(_dequantise_q4, "Q4_0"),
+    "Q4_1": partial(_dequantise_q4, "Q4_1"),
+    "Q8_0": _dequantise_q8_0,
+}

@@ -11,11 +11,10 @@ from ..kernels.ops import Ops
 from ..parallel.comm import Comm, SoloComm
 from ..parallel.linear import (
     Layer,
-    cast_linear,
     column_linear,
-    float32_linear,
     partial_linear,
     row_linear,
+    table_lookup,
     then,
     vocab_embedding,
     vocab_linear,
@@ -246,21 +245,13 @@ class _Builder:
         """The entry of a first stage, the exit of a last one."""
         spec, reader = self._spec, self._reader
         embedding, head = self._vocabulary_modules()
-        pieces = vocab_pieces(spec, head, self._vocab)
-        packed = reader.packed(pieces) if last else None
-        shared = first and last and head == embedding and packed is None
-        table_VD, entry = None, None
-        if first:
-            dtype = reader.head_dtype if shared else reader.dtype
-            table_VD = reader.dense(vocab_pieces(spec, embedding, self._vocab), dtype=dtype)
-            entry = self._entry(table_VD)
-        if not last:
-            return entry, None
-        if packed is not None:
-            return entry, self._exit(cast_linear(packed, reader.dtype), head)
-        weight_VD = table_VD if shared else reader.dense(pieces, dtype=reader.head_dtype)
-        assert weight_VD is not None
-        return entry, self._exit(float32_linear(weight_VD), head)
+        logits, shared_VD = reader.logits(vocab_pieces(spec, head, self._vocab)) if last else (None, None)
+        exit = None if logits is None else self._exit(logits, head)
+        if not first:
+            return None, exit
+        if head == embedding and shared_VD is not None:
+            return self._entry(table_lookup(shared_VD)), exit
+        return self._entry(reader.lookup(vocab_pieces(spec, embedding, self._vocab))), exit
 
     def _vocabulary_modules(self) -> tuple[str, str]:
         """Where embedding and head are stored: the same place if they are tied."""
@@ -277,9 +268,9 @@ class _Builder:
         pieces = [vocab_pieces(spec, module, self._vocab)[0] for module in (embedding, head)]
         return (embedding, embedding) if reader.equal(*pieces) else (embedding, head)
 
-    def _entry(self, table_VD: Tensor) -> Embed:
+    def _entry(self, lookup: Layer) -> Embed:
         spec, reader = self._spec, self._reader
-        tokens = vocab_embedding(table_VD, vocab_size=spec.vocab_size, comm=self._comm)
+        tokens = vocab_embedding(lookup, vocab_size=spec.vocab_size, comm=self._comm)
         # Rounded as the model was trained with it.
         scale = float(torch.tensor(spec.embedding_scale, dtype=reader.dtype))
         if spec.names.positions is None:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..parallel.linear import Layer, cast_linear, float32_linear, table_lookup
 from ..parallel.partition import length
-from ..parallel.quant import DenseLinear, LinearMethod, packed_linear
+from ..parallel.quant import BlockTable, DenseLinear, HalfLinear, LinearMethod, packed_linear
 from .checkpoint import Checkpoint, Cut, PackedBlocks
 from .errors import CheckpointError
 from .models.naming import Names
@@ -89,23 +90,46 @@ class WeightReader:
         self.num_bytes += method.num_bytes() if method else 0
         return method
 
-    @property
-    def head_dtype(self) -> torch.dtype:
-        """Of the matrix that gives the logits: see `parallel.linear.float32_linear`."""
-        return torch.float32 if self.device.type == "cpu" else self.dtype
+    def logits(self, pieces: Sequence[Piece]) -> tuple[Layer, Tensor | None]:
+        """The head, float32 -> float32, and its weight if that is dense and so may serve as embedding table, too."""
+        packed = self.packed(pieces)
+        if packed is not None:
+            return cast_linear(packed, self.dtype), None
+        on_cpu = self.device.type == "cpu"
+        weight_VD = self._dense(pieces, dtype=torch.float32 if on_cpu else self.dtype)
+        if on_cpu and self.dtype != torch.float32 and HalfLinear.is_available():
+            half = HalfLinear(weight_VD)
+            self.num_bytes += half.num_bytes()
+            return half.apply, None
+        return float32_linear(self._count(weight_VD)), weight_VD
 
-    def dense(self, pieces: Sequence[Piece], *, transposed: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-        """The pieces as one matrix [out, in]; dtype: default the model's."""
+    def lookup(self, pieces: Sequence[Piece]) -> Layer:
+        """An embedding table: ids [T] -> rows [T, D]. On a CPU the file's own blocks serve where they can."""
+        if self.device.type == "cpu" and len(pieces) == 1:
+            piece = pieces[0]
+            self._check_piece(piece, transposed=False)
+            blocks = self._checkpoint.blocks(f"{piece.module}.weight", (piece.rows, piece.cols))
+            if blocks is not None and BlockTable.reads(blocks.format):
+                table = BlockTable(blocks.format, blocks.data)
+                self.num_bytes += table.num_bytes()
+                return table.lookup
+        return table_lookup(self.dense(pieces))
+
+    def dense(self, pieces: Sequence[Piece], *, transposed: bool = False) -> Tensor:
+        """The pieces as one matrix [out, in] in the model's dtype."""
+        return self._count(self._dense(pieces, dtype=self.dtype, transposed=transposed))
+
+    def _dense(self, pieces: Sequence[Piece], *, dtype: torch.dtype, transposed: bool = False) -> Tensor:
         rows = sum(length(piece.rows) for piece in pieces)
         cols = length(pieces[0].cols)
-        weight = torch.empty(rows, cols, dtype=dtype or self.dtype, device=self.device)
+        weight = torch.empty(rows, cols, dtype=dtype, device=self.device)
         first = 0
         for piece in pieces:
             self._check_piece(piece, transposed=transposed)
             count = length(piece.rows)
             self._fill(weight[first : first + count], piece, transposed=transposed)
             first += count
-        return self._count(weight)
+        return weight
 
     def _fill(self, target: Tensor, piece: Piece, *, transposed: bool) -> None:
         step = max(1, CHUNK // max(target.shape[1], 1))
