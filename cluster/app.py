@@ -1,6 +1,6 @@
 """The deployment's object graph, built in one place: config -> Serve application. Runs on the driver and in the actors.
 
-One Serve replica is one engine; the ingress holds no weights and no torch, so it is up while the replica still loads.
+One Serve replica is one engine; the ingress holds no weights and no torch, so it answers while the replica still loads.
 What differs between deployments (where ranks live, which cache, which balancer) is decided here and nowhere else.
 """
 
@@ -27,10 +27,13 @@ SPARE_CALLS = 64  # at once, beside generations: readiness, statistics, health
 NO_LIMIT = 1_000_000  # the ingress's own admission decides, with the right error shape
 
 
-def build_app(config: ShoalConfig, *, board: Path, num_gpus: float = 0) -> serve.Application:
+def build_app(
+    config: ShoalConfig, *, board: Path, chat_template: str | None = None, num_gpus: float = 0
+) -> serve.Application:
     """The application: the ingress in front of the replica.
 
-    board: where a replica on this machine posts how its start goes. num_gpus: that an engine may take from Ray.
+    board: where a replica on this machine posts how its start goes. chat_template: instead of the model's own.
+    num_gpus: that an engine may take from Ray.
     """
     if config.router.secret is None:  # one for router and engine alike
         router = config.router.model_copy(update={"secret": secrets.token_hex(32)})
@@ -48,7 +51,8 @@ def build_app(config: ShoalConfig, *, board: Path, num_gpus: float = 0) -> serve
     ingress: Any = serve.deployment(
         name="ingress", max_ongoing_requests=NO_LIMIT, ray_actor_options={"num_cpus": 0.1}, **_lifecycle(config)
     )(serve.ingress()(IngressActor))
-    bound: serve.Application = ingress.bind(replica.bind(partial(build_parts, config, board)), config, board)
+    parts = partial(build_parts, config, board)
+    bound: serve.Application = ingress.bind(replica.bind(parts), config, board, chat_template)
     return bound
 
 
@@ -84,8 +88,10 @@ def build_parts(config: ShoalConfig, board: Path) -> Parts:
 class IngressActor:
     """The router in its own Serve replica; `serve.ingress` turns it into an ASGI app once it is built."""
 
-    async def __init__(self, replica: Any, config: ShoalConfig, board: Path) -> None:  # type: ignore[misc]
-        """Serve awaits it. The tokenizer is read while the replica still loads its weights."""
+    async def __init__(  # type: ignore[misc]
+        self, replica: Any, config: ShoalConfig, board: Path, chat_template: str | None = None
+    ) -> None:
+        """Serve awaits it. What takes long, the replica's weights, is waited for behind: requests are answered."""
         hold_serve_port()
         with posting(board):
             from ..router.ingress import Ingress
@@ -94,16 +100,26 @@ class IngressActor:
             from ..runtime.tokenizer_files import load_tokenizer
 
             tokenizer = await asyncio.to_thread(load_tokenizer, resolve_model(config.engine.model))
-            backend = HandleBackend(replica, timeout_s=config.router.ready_timeout_s)
+        backend = HandleBackend(replica, timeout_s=config.router.ready_timeout_s)
+        self.router = Ingress(backend, config.router)
+
+        async def open_when_loaded() -> None:
             info = await _first_info(backend)
-            text = Text(tokenizer, info.max_model_len, info.vocab_size)
-            self.router = Ingress(backend, text, config.router)
+            text = Text(tokenizer, info.max_model_len, info.vocab_size, chat_template=chat_template)
+            self.router.open(info, text)
+
+        self._opening = asyncio.create_task(open_when_loaded())
 
     def __serve_build_asgi_app__(self) -> Any:
         """Serve asks for it once `__init__` is over."""
         from ..router.api import create_app
 
         return create_app(self.router)
+
+    async def check_health(self) -> None:
+        """Serve calls this, and replaces an ingress that could not be opened."""
+        if self._opening.done():
+            self._opening.result()
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new; returns when what runs has ended, each with a terminal event."""

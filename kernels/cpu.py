@@ -23,12 +23,25 @@ class CpuOps(ReferenceOps):
         self._plans: dict[Shape, AttentionPlan] = {}
         self._slots = _SlotRows()
         self._angles = _Angles()
+        self._roots: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
-        size = x_TD.shape[-1]
+        return self._scaled(x_TD, weight_D, eps).to(x_TD.dtype)
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
+        return self._scaled(residual_TD.add_(x_TD), weight_D, eps).to(x_TD.dtype)
+
+    def _scaled(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """The RMS norm in float32: 1 / sqrt(mean of squares + eps) is sqrt(D) / hypot(norm, sqrt(D eps))."""
+        root, floor = self._norm_constants(x_TD.shape[-1], eps)
         norm: Tensor = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = norm.square_().mul_(1 / size).add_(eps).rsqrt_()
-        return (x_TD * inverse).mul_(weight_D).to(x_TD.dtype)
+        return (x_TD * torch.div(root, norm.hypot_(floor))).mul_(weight_D)
+
+    def _norm_constants(self, size: int, eps: float) -> tuple[Tensor, Tensor]:
+        key = (size, eps)
+        if key not in self._roots:
+            self._roots[key] = torch.tensor(size**0.5), torch.tensor((size * eps) ** 0.5)
+        return self._roots[key]
 
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float) -> Tensor:
         return F.layer_norm(x_TD.float(), weight_D.shape, weight_D, bias_D, eps).to(x_TD.dtype)

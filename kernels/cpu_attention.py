@@ -100,8 +100,8 @@ def _plan_decodes(group: Ints, num_decodes: int, table_SP: Ints, kv_lens: Ints, 
     num_keys = num_pages * shape.page_size
     fused = len(group) * num_keys < _FUSED_KEYS
     begin, end = low - first_page * shape.page_size, lens - first_page * shape.page_size
-    if len(group) == 1:
-        num_keys = int(end[0])  # a view cuts the padding off
+    if len(group) == 1 and fused:
+        num_keys = int(end[0])  # a view cuts the padding off; a product would be compiled anew for every length
     keys = np.arange(num_keys)
     past = keys >= end[:, None]
     hidden = (keys < begin[:, None]) | past

@@ -153,8 +153,8 @@ class Int4Linear:
 
     GROUP = 32
     # Rows of x from which unpacking pays: the int4 product costs as much for each row, unpacking costs once.
-    UNPACK_FROM = 64
-    _UNPACKED_WEIGHTS = 1 << 22  # at a time: bounds the scratch (8 MiB)
+    UNPACK_FROM = 80
+    _UNPACKED_WEIGHTS = 1 << 20  # at a time: the scratch stays in the cache
     _PACKED_ROWS = 1 << 10  # at a time, while loading: a multiple of every tile
 
     def __init__(self, format: str, rows: list[NDArray[np.uint8]], in_features: int, layout: Int4Layout) -> None:
@@ -179,9 +179,7 @@ class Int4Linear:
     def apply(self, x_TD: Tensor) -> Tensor:
         x_TD = x_TD.contiguous()
         if x_TD.shape[0] < self.UNPACK_FROM:
-            y_TF: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x_TD, self.packed, self.GROUP, self.scale_zero_GF2
-            )
+            y_TF: Tensor = torch._weight_int4pack_mm_for_cpu(x_TD, self.packed, self.GROUP, self.scale_zero_GF2)
             return y_TF if y_TF.shape[1] == self.out_features else y_TF[:, : self.out_features]
         step = max(self._UNPACKED_WEIGHTS // self.in_features // self.layout.tile, 1) * self.layout.tile
         starts = range(0, self.packed.shape[0], step)
@@ -192,12 +190,14 @@ class Int4Linear:
     def _unpack(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the weight, dense and transposed: [in_features, stop - start]."""
         groups, tile = self.in_features // self.GROUP, self.layout.tile
-        nibbles = self.layout.unpack(self.packed[start:stop], self.in_features).view(torch.int8)
-        centred = nibbles.sub_(8).to(torch.bfloat16).view(-1, groups, self.GROUP, tile)
-        by_tile = self.scale_zero_GF2[:, start:stop].view(groups, -1, tile, 2).permute(3, 1, 0, 2)
-        scale, zero = by_tile.unsqueeze(3).contiguous()
-        weights = torch.addcmul(zero, scale, centred)
-        return weights.view(-1, self.in_features, tile).transpose(0, 1).reshape(self.in_features, -1)
+        nibbles = self.layout.unpack(self.packed[start:stop], self.in_features)
+        # In float32: there torch is fast, and the product is exact, so the sum is rounded once.
+        weights = nibbles.to(torch.float32).sub_(8).view(-1, groups, self.GROUP, tile)
+        scale_zero = self.scale_zero_GF2[:, start:stop].view(groups, -1, tile, 2).permute(3, 1, 0, 2)
+        scale, zero = scale_zero.unsqueeze(3).contiguous().float()
+        weights.mul_(scale).add_(zero)
+        by_tile = weights.to(torch.bfloat16).view(-1, self.in_features, tile)
+        return by_tile.transpose(0, 1).reshape(self.in_features, -1)
 
     def num_bytes(self) -> int:
         return self.packed.nbytes + self.scale_zero_GF2.nbytes

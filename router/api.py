@@ -18,7 +18,6 @@ from starlette.responses import Response
 from ..runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalError
 from .auth import Guard
 from .body import ClientGone, read_json
-from .config import RouterConfig
 from .http import error_response
 from .ingress import Ingress, Launch
 from .metrics import CONTENT_TYPE
@@ -36,14 +35,20 @@ from .stream import Answer, respond
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
-def create_app(ingress: Ingress, config: RouterConfig | None = None) -> FastAPI:
-    """The application, guarded: ready for uvicorn or for Ray Serve."""
+def create_app(ingress: Ingress) -> FastAPI:
+    """The application, guarded: ready for uvicorn or for Ray Serve, also before the ingress is open."""
     app = FastAPI(title="Shoal", version=_version(), redirect_slashes=False)
     _add_routes(app, Handlers(ingress))
     app.add_exception_handler(ShoalError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientGone, _on_client_gone)
-    app.add_middleware(Guard, keys=ingress.keys, config=config or ingress.config, on_status=ingress.metrics.answered)
+    app.add_middleware(
+        Guard,
+        keys=ingress.keys,
+        config=ingress.config,
+        check_open=ingress.served,
+        on_status=ingress.metrics.answered,
+    )
     return app
 
 
@@ -70,10 +75,10 @@ class Handlers:
     async def tokenize(self, request: Request) -> Response:
         """A prompt or a conversation as token ids."""
         body = await self._read(TokenizeRequest, request)
-        ids = await (await self._ingress.preparer(body)).tokenize(body)
+        ids = await self._ingress.preparer(body).tokenize(body)
         answer: dict[str, Any] = {
             "count": len(ids),
-            "max_model_len": (await self._ingress.info()).max_model_len,
+            "max_model_len": self._ingress.info.max_model_len,
             "tokens": ids,
         }
         if body.return_token_strs:
@@ -83,23 +88,22 @@ class Handlers:
     async def detokenize(self, request: Request) -> Response:
         """Token ids as text."""
         body = await self._read(DetokenizeRequest, request)
-        await self._ingress.preparer(body)
+        self._ingress.check_model(body.model)
         self._ingress.text.check_tokens(body.tokens, param="tokens")
         return _json({"prompt": self._ingress.text.decode(body.tokens)})
 
     async def models(self, request: Request) -> Response:
         """The names this server answers to."""
-        info = await self._ingress.info()
-        return _json({"object": "list", "data": [await self._card(name) for name in self._ingress.names(info)]})
+        return _json({"object": "list", "data": [self._card(name) for name in self._ingress.names]})
 
     async def model(self, request: Request) -> Response:
         """One of them."""
         name = request.path_params["name"]
-        self._ingress.check_model(name, await self._ingress.info())
-        return _json(await self._card(name))
+        self._ingress.check_model(name)
+        return _json(self._card(name))
 
     async def health(self, request: Request) -> Response:
-        """200 while this process serves."""
+        """200 while this process runs, with a model or without one yet."""
         return _json({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
@@ -134,8 +138,8 @@ class Handlers:
     def _speller(self, body: SamplingBody) -> Speller:
         return Speller(self._ingress.text, as_ids=bool(body.return_tokens_as_token_ids))
 
-    async def _card(self, name: str) -> dict[str, Any]:
-        info = await self._ingress.info()
+    def _card(self, name: str) -> dict[str, Any]:
+        info = self._ingress.info
         return {
             "id": name,
             "object": "model",

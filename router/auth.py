@@ -19,7 +19,8 @@ from ..runtime.errors import InvalidRequest, Unauthorized
 from .config import RouterConfig
 from .http import error_response
 
-PUBLIC_PATHS = frozenset({"/health", "/ready"})
+ALIVE_PATH = "/health"
+PUBLIC_PATHS = frozenset({ALIVE_PATH, "/ready"})
 
 
 class Keys:
@@ -54,13 +55,23 @@ def keys_of(config: RouterConfig) -> Keys:
 
 
 class Guard:
-    """Raw ASGI, outermost: header limits, the key, and an envelope for whatever got past every other handler."""
+    """Raw ASGI, outermost: header limits, the key, and an envelope for whatever got past every other handler.
+
+    check_open: raises while there is no model yet; then only `ALIVE_PATH` is answered.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys, config: RouterConfig, on_status: Callable[[str, int], None]
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        config: RouterConfig,
+        check_open: Callable[[], object],
+        on_status: Callable[[str, int], None],
     ) -> None:
         self._app = app
         self._keys = keys
+        self._check_open = check_open
         self._on_status = on_status
         self._limits = config
 
@@ -86,6 +97,8 @@ class Guard:
             self._check_headers(scope["headers"])
             if scope["path"] not in PUBLIC_PATHS:
                 scope["shoal.tenant"] = self._keys.check(_authorization(scope["headers"]))
+            if scope["path"] != ALIVE_PATH:
+                self._check_open()
             await self._app(scope, receive, watched)
         except Exception as error:  # noqa: BLE001 - the last line of defence; error_response logs what is a bug
             response = error_response(error)

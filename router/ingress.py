@@ -36,15 +36,14 @@ class Launch(msgspec.Struct, frozen=True):
 
 
 class Ingress:
-    """The router of one process. Everything that varies is handed in.
+    """The router of one process. Everything that varies is handed in; it is closed until a replica has answered.
 
-    text: the model's tokenizer and template. clock: for admission alone.
+    clock: for admission alone.
     """
 
     def __init__(
         self,
         backend: Backend,
-        text: Text,
         config: RouterConfig,
         *,
         cache: ResponseCache | None = None,
@@ -52,7 +51,6 @@ class Ingress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.backend = backend
-        self.text = text
         self.config = config
         self.cache: ResponseCache = cache or NoCache()
         self.balancer: Balancer = balancer or AnyReplica()
@@ -60,32 +58,43 @@ class Ingress:
         self.admission = Admission(config.max_in_flight, clock=clock)
         self.metrics = RouterMetrics()
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
-        self._info: ModelInfo | None = None
+        self._served: tuple[ModelInfo, Text] | None = None
         self._flights: set[Flight] = set()
+
+    def open(self, info: ModelInfo, text: Text) -> None:
+        """Take requests from now on. info: what a replica says it serves. text: that model's tokenizer and template."""
+        self._served = info, text
+
+    def served(self) -> tuple[ModelInfo, Text]:
+        """What `open` was given. Raises Unavailable before."""
+        if self._served is None:
+            raise Unavailable("not ready: the replica is still loading")
+        return self._served
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.served()[0]
+
+    @property
+    def text(self) -> Text:
+        return self.served()[1]
 
     async def chat(self, body: ChatRequest, tenant: str) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
-        prepare = await self.preparer(body)
+        prepare = self.preparer(body)
         id = f"chatcmpl-{uuid.uuid4().hex}"
         return self._launch(await prepare.chat(body, id=id, tenant=self._tenant(body, tenant)), id)
 
     async def completion(self, body: CompletionRequest, tenant: str) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
-        prepare = await self.preparer(body)
+        prepare = self.preparer(body)
         id = f"cmpl-{uuid.uuid4().hex}"
         return self._launch(await prepare.completion(body, id=id, tenant=self._tenant(body, tenant)), id)
 
-    async def preparer(self, body: Body) -> Preparer:
+    def preparer(self, body: Body) -> Preparer:
         """Raises NotFound: the body asks for a model that we do not serve."""
-        info = await self.info()
-        self.check_model(body.model, info)
-        return Preparer(self.text, info, self.config)
-
-    async def info(self) -> ModelInfo:
-        """Asked for once. Raises Unavailable while no replica answers."""
-        if self._info is None:
-            self._info = await self.backend.info()
-        return self._info
+        self.check_model(body.model)
+        return Preparer(self.text, self.info, self.config)
 
     async def ready(self) -> None:
         """Raises Unavailable, with the reason, unless a replica can take work now."""
@@ -93,14 +102,15 @@ class Ingress:
             raise Unavailable("the server is draining", retry_after=1.0)
         await self.backend.ready()
 
-    def names(self, info: ModelInfo) -> tuple[str, ...]:
-        return self.config.served_model_name or (info.model,)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What clients may call the model."""
+        return self.config.served_model_name or (self.info.model,)
 
-    def check_model(self, name: str, info: ModelInfo) -> None:
-        names = self.names(info)
-        if name not in names:
+    def check_model(self, name: str) -> None:
+        if name not in self.names:
             raise NotFound(
-                f"the model {name!r:.80} does not exist; this server serves {', '.join(names)}",
+                f"the model {name!r:.80} does not exist; this server serves {', '.join(self.names)}",
                 param="model",
                 code="model_not_found",
             )

@@ -20,7 +20,7 @@ class EngineConfig(BaseModel):
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer.")
     pipeline_parallel_size: int = Field(1, ge=1, description="Stages the layers are cut into.")
-    block_size: int = Field(16, ge=16, le=256, description="Tokens in a KV block (a page); a power of two.")
+    block_size: int = Field(32, ge=16, le=256, description="Tokens in a KV block (a page); a power of two.")
     kv_cache_memory_gb: float | None = Field(
         None, gt=0, description="GiB for KV blocks; default: the rest of gpu_memory_utilization, or 2 on a CPU."
     )

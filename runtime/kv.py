@@ -3,6 +3,10 @@
 A pair a layer and not one tensor for all: in-place writes then touch a tensor that no other layer's view shares.
 """
 
+import math
+import mmap
+from functools import partial
+
 import torch
 
 from ..kernels.ops import KVLayer
@@ -20,12 +24,17 @@ def allocate(
 ) -> list[KVLayer]:
     """[num_blocks, kv heads, block_size, head dim] for keys and for values of each layer.
 
-    Zeroed, since a masked slot still meets the arithmetic (0 * NaN is NaN); on a CPU zero pages cost no memory until
-    they are written.
+    Zeroed, since a masked slot still meets the arithmetic (0 * NaN is NaN). On a CPU memory is taken as it is written.
     """
     num_kv_heads, head_dim = spec.kv_shape()
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    return [
-        KVLayer(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(num_layers)
-    ]
+    zeros = _untouched_zeros if device.type == "cpu" else partial(torch.zeros, device=device)
+    return [KVLayer(zeros(shape, dtype=dtype), zeros(shape, dtype=dtype)) for _ in range(num_layers)]
+
+
+def _untouched_zeros(shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
+    """Zero pages of the system, which become memory when they are written; `torch.zeros` writes them all at once."""
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

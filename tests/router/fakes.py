@@ -31,6 +31,9 @@ VOCAB_SIZE = 260
 MAX_MODEL_LEN = 512
 MODEL = "tiny"
 ANSWER = "The capital of France is Paris."
+INFO = ModelInfo(
+    model=MODEL, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, eos_token_ids=[EOS], created=1_700_000_000
+)
 EXPLODING = "{% if explode %}{{ raise_exception('explode') }}{% endif %}" + TEMPLATE
 
 
@@ -108,9 +111,7 @@ class FakeBackend:
         )
 
     async def info(self) -> ModelInfo:
-        return ModelInfo(
-            model=MODEL, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, eos_token_ids=[EOS], created=1_700_000_000
-        )
+        return INFO
 
     async def ready(self) -> None:
         if self.ready_problem is not None:
@@ -182,13 +183,15 @@ class Stream:
 
 
 class Server:
-    """uvicorn on a loopback port, in a thread of its own."""
+    """uvicorn on a loopback port, in a thread of its own. loaded: whether the ingress is open from the start."""
 
-    def __init__(self, config: RouterConfig | None = None, backend: FakeBackend | None = None) -> None:
+    def __init__(
+        self, config: RouterConfig | None = None, backend: FakeBackend | None = None, *, loaded: bool = True
+    ) -> None:
         self.backend = backend or FakeBackend()
-        self.ingress = Ingress(
-            self.backend, byte_level_text(), config or RouterConfig(served_model_name=(MODEL, "alias"))
-        )
+        self.ingress = Ingress(self.backend, config or RouterConfig(served_model_name=(MODEL, "alias")))
+        if loaded:
+            self.open()
         app = create_app(self.ingress)
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -218,6 +221,9 @@ class Server:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def open(self) -> None:
+        self.ingress.open(INFO, byte_level_text())
 
     def post(self, path: str, body: Any, **headers: str) -> Reply:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -83,6 +83,7 @@ def test_a_seed_fixes_the_answer_alone_or_in_a_batch_whole_or_preempted(folder: 
     # Ten blocks of 16: not even three sequences of 63 tokens fit together; chunks are of at most 16 tokens.
     block = 2 * 2 * 2 * 8 * 16 * 4
     small = OPTIONS | {"kv_cache_memory_gb": 10.5 * block / 2**30, "max_model_len": 64, "max_num_batched_tokens": 16}
+    small["block_size"] = 16
     with LLM(str(folder), **small) as tight:  # type: ignore[arg-type]
         preempted = [out.outputs[0].token_ids for out in tight.generate(prompts, params)]
         assert settled(tight).preemptions > 0
