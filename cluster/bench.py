@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.errors import EngineError
-from .offline import Overrides, engine_options
+from ..runtime.errors import ShoalError
+from .offline import Overrides, engine_config
 
 if TYPE_CHECKING:
     from ..runtime.build import Replica
@@ -30,11 +30,10 @@ PREFILL_PROMPTS = 4
 def bench_engine(model: str | None, overrides: Overrides, *, tokens: int) -> None:
     """Decode at several batch sizes and prefill, on fresh random prompts; prints a table."""
     from ..runtime.build import build_replica
-    from ..runtime.config import EngineConfig
     from .demo import need_demo_model
 
     begin = time.perf_counter()
-    config = EngineConfig(**{**engine_options(overrides), "model": model or str(need_demo_model())})
+    config = engine_config(model or str(need_demo_model()), overrides)
     replica = build_replica(config)
     print(f"{config.model}: loaded in {time.perf_counter() - begin:.1f} s, {replica.dtype}, {replica.device}\n")
     rng = random.Random(0)
@@ -108,7 +107,7 @@ def bench_server(url: str, *, api_key: str | None, streams: int, requests: int, 
     """Keep `streams` requests running until `requests` are done; prints a table.
 
     Raises:
-        EngineError: the server refused or failed a request.
+        ShoalError: the server refused or failed a request.
     """
     from .client import Client
 
@@ -117,7 +116,7 @@ def bench_server(url: str, *, api_key: str | None, streams: int, requests: int, 
     left = iter(range(requests))
     lock = threading.Lock()
     timings: list[Timing] = []
-    failures: list[EngineError] = []
+    failures: list[ShoalError] = []
 
     def work() -> None:
         while not failures:
@@ -127,7 +126,7 @@ def bench_server(url: str, *, api_key: str | None, streams: int, requests: int, 
                 return
             try:
                 timings.append(_time_stream(client, model, number, tokens))
-            except EngineError as error:
+            except ShoalError as error:
                 failures.append(error)
 
     begin = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..runtime.errors import ConfigError, ShoalError, StartupError
+from .config import flag_of
 from .flags import section_fields, with_flags
 from .processes import Stop
 
@@ -16,7 +17,8 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 ENGINE_FLAGS = section_fields("engine", skip=("model",))
 SERVE_FLAGS = [*section_fields("server"), *section_fields("router", skip=("secret", "limits")), *ENGINE_FLAGS]
-DEMO_FLAGS = [*ENGINE_FLAGS, ("server", "host"), ("server", "port"), ("server", "haproxy")]
+CHAT_FLAGS = [*ENGINE_FLAGS, ("router", "chat_template")]
+DEMO_FLAGS = [*ENGINE_FLAGS, *[("server", name) for name in ("host", "port", "allow_anonymous", "haproxy")]]
 
 app = typer.Typer(
     name="shoal",
@@ -27,8 +29,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(help="A folder, a hub id already in the local cache, or a .gguf file.")]
-MaybeModel = Annotated[str | None, typer.Argument(help="A folder, a hub id in the local cache, or a .gguf file.")]
+MODEL_HELP = "A folder, a hub id already in the local cache, or a .gguf file."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+MaybeModel = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="shoal.yaml; flags win over it.")]
 Url = Annotated[str | None, typer.Option("--url", help="A running server, http://host:port, instead of a model here.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate at most.")]
@@ -45,7 +48,10 @@ def serve(
     api_key_file: Annotated[Path | None, typer.Option(help="A file with one API key a line.")] = None,
     overrides: dict[tuple[str, str], Any],
 ) -> None:
-    """Serve a model over HTTP with OpenAI's API, until Ctrl-C or SIGTERM."""
+    """Serve a model over HTTP with OpenAI's API.
+
+    Until Ctrl-C or SIGTERM. Every flag is a key of shoal.yaml, too: --max-model-len is engine.max_model_len.
+    """
     if model is not None:
         overrides["engine", "model"] = model
     if api_key_file is not None:
@@ -64,7 +70,7 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="Exit after the answer.")] = False,
     overrides: dict[tuple[str, str], Any],
 ) -> None:
-    """Serve the demo model, ask it a question, and keep serving."""
+    """Serve the demo model and ask it a question."""
     from .demo import run_demo
 
     raise typer.Exit(run_demo(overrides, once=once))
@@ -74,20 +80,20 @@ def demo(
 @with_flags(ENGINE_FLAGS)
 def generate(
     model: Model,
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One or more.")],
     *,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 1.0,
     overrides: dict[tuple[str, str], Any],
 ) -> None:
-    """Complete prompts with a model in this process, without a server."""
+    """Complete prompts, without a server."""
     from .offline import run_generate
 
     run_generate(model, prompts, overrides, max_tokens=max_tokens, temperature=temperature)
 
 
 @app.command()
-@with_flags(ENGINE_FLAGS)
+@with_flags(CHAT_FLAGS)
 def chat(
     model: MaybeModel = None,
     *,
@@ -97,10 +103,11 @@ def chat(
     temperature: Temperature = 0.7,
     overrides: dict[tuple[str, str], Any],
 ) -> None:
-    """Talk with a model: in this process, or on a running server with --url."""
+    """Talk with a model here, or on a server (--url)."""
     from .offline import chat_with_model, chat_with_server
 
     if url is not None:
+        _refuse_flags(overrides, url)
         chat_with_server(url, model, api_key=api_key, max_tokens=max_tokens, temperature=temperature)
     elif model is not None:
         chat_with_model(model, overrides, max_tokens=max_tokens, temperature=temperature)
@@ -110,9 +117,9 @@ def chat(
 
 @app.command()
 def doctor(
-    port: Annotated[int, typer.Option(help="The port you mean to serve on.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port you mean to serve on.")] = 8000,
 ) -> None:
-    """Look over this machine: what is there, what is missing, and what to do about it."""
+    """Look for what this machine lacks."""
     from .doctor import run_doctor
 
     raise typer.Exit(run_doctor(port))
@@ -130,10 +137,14 @@ def bench(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate a request.")] = 64,
     overrides: dict[tuple[str, str], Any],
 ) -> None:
-    """Measure the engine (MODEL; default: the demo model) or a running server (--url)."""
+    """Measure the engine, or a running server (--url).
+
+    Without a model: the demo model.
+    """
     from .bench import bench_engine, bench_server
 
     if url is not None:
+        _refuse_flags(overrides, url)
         bench_server(url, api_key=api_key, streams=streams, requests=requests, tokens=tokens)
     else:
         bench_engine(model, overrides, tokens=tokens)
@@ -145,6 +156,13 @@ def version() -> None:
     from importlib.metadata import version as installed
 
     print(installed("shoal"))
+
+
+def _refuse_flags(overrides: dict[tuple[str, str], Any], url: str) -> None:
+    """Nothing is ignored in silence."""
+    if overrides:
+        flags = ", ".join(flag_of(name) for _, name in overrides)
+        raise ConfigError(f"{flags}: the server at {url} was told when it was started")
 
 
 def _read_keys(file: Path) -> list[str]:

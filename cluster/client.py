@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..runtime.errors import ConfigError, EngineError
+from ..runtime.errors import ConfigError, EngineError, RequestError
 
 Message = Mapping[str, str]
 
@@ -18,20 +18,27 @@ class Client:
     """Calls to one server; each opens a connection of its own, so threads may share a client."""
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
+        try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError(f"--url {url}: {error}; expected http://host:port") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"--url {url}: expected http://host:port")
         self._secure = parts.scheme == "https"
-        self._host, self._port, self._timeout_s = parts.hostname, parts.port, timeout_s
+        self._host, self._port, self._timeout_s = parts.hostname, port, timeout_s
         self._base = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"content-type": "application/json"}
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
 
     def first_model(self) -> str:
-        """The name that the server's model goes by."""
+        """The name that the server's model goes by. Raises EngineError: it does not say so as OpenAI's API has it."""
         with self._call("GET", "/v1/models") as response:
-            return str(json.load(response)["data"][0]["id"])
+            try:
+                return str(json.load(response)["data"][0]["id"])
+            except (ValueError, LookupError, TypeError):
+                raise EngineError(f"{self._base or '/'} has no /v1/models: is it OpenAI's API?") from None
 
     def chat(self, messages: Sequence[Message], **params: Any) -> Iterator[str]:
         """Pieces of the answer's text as they come."""
@@ -44,7 +51,7 @@ class Client:
         """The server-sent events of a streamed call, up to `[DONE]`.
 
         Raises:
-            EngineError: refused, failed in mid-stream, or cut off before the end.
+            RequestError: refused (a 4xx). EngineError: failed, also in mid-stream, or cut off before the end.
         """
         with self._call("POST", path, {**body, "stream": True}) as response:
             for line in response:
@@ -70,10 +77,12 @@ class Client:
             connection.request(method, self._base + path, payload, self._headers)
             response = connection.getresponse()
             if response.status != 200:
-                raise EngineError(f"{method} {path}: status {response.status}: {_reason(response.read())}")
+                kind = RequestError if 400 <= response.status < 500 else EngineError
+                raise kind(f"{method} {path}: status {response.status}: {_reason(response.read())}")
             yield response
         except (OSError, http.client.HTTPException) as error:
-            raise EngineError(f"no answer from the server: {error}") from None
+            where = f"{self._host}:{self._port}" if self._port else self._host
+            raise EngineError(f"no answer from the server at {where}: {error}") from None
         finally:
             connection.close()
 

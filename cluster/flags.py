@@ -18,7 +18,6 @@ from pydantic.fields import FieldInfo
 from .config import ShoalConfig, flag_of
 
 SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp"}
-SINGULAR = {"api_keys": "--api-key"}  # repeated on the command line
 
 
 def section_fields(section: str, *, skip: Sequence[str] = ()) -> list[tuple[str, str]]:
@@ -63,7 +62,7 @@ def _was_given(value: Any) -> bool:
 
 def _parameter(section: str, name: str) -> inspect.Parameter:
     field = _fields(section)[name]
-    flag = SINGULAR.get(name, flag_of(name))
+    flag = flag_of(name)
     names = [f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag]
     names += [SHORT[name]] if name in SHORT else []
     kind = _plain_type(field.annotation)
@@ -86,5 +85,10 @@ def _plain_type(annotation: Any) -> Any:
 
 def _help(field: FieldInfo) -> str:
     default = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
-    silent = default is None or isinstance(default, bool | tuple)
-    return f"{field.description}" if silent else f"{field.description} [default: {default}]"
+    if default is None or isinstance(default, tuple):
+        return f"{field.description}"
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    elif isinstance(default, float):
+        default = f"{default:g}"
+    return f"{field.description} [default: {default}]"

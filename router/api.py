@@ -88,9 +88,7 @@ class Handlers:
     async def detokenize(self, request: Request) -> Response:
         """Token ids as text."""
         body = await self._read(DetokenizeRequest, request)
-        self._ingress.check_model(body.model)
-        self._ingress.text.check_tokens(body.tokens, param="tokens")
-        return _json({"prompt": self._ingress.text.decode(body.tokens)})
+        return _json({"prompt": await self._ingress.preparer(body).detokenize(body)})
 
     async def models(self, request: Request) -> Response:
         """The names this server answers to."""

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..runtime.generation import MAX_N
+
+
+def _check_key(key: str) -> str:
+    """What a header can carry. Nobody could send an empty one: it comes of a variable that is not set."""
+    if not re.fullmatch("[!-~]+", key):
+        raise ValueError("an API key is not empty and has neither spaces nor characters beyond ASCII")
+    return key
 
 
 class RouterConfig(BaseModel):
@@ -15,8 +26,11 @@ class RouterConfig(BaseModel):
     served_model_name: tuple[str, ...] = Field(
         (), description="Names clients may ask for, the first one is listed first; default: the model's own name."
     )
-    api_keys: tuple[str, ...] = Field(
+    api_keys: tuple[Annotated[str, AfterValidator(_check_key)], ...] = Field(
         (), repr=False, description="Keys that open the API; without one no key is asked for."
+    )
+    chat_template: Path | None = Field(
+        None, description="A file with a Jinja template for conversations; default: the model's own."
     )
     secret: str | None = Field(
         None, repr=False, description="Makes the salts of tenants; default: drawn at start, one for each process."

@@ -60,6 +60,7 @@ class Ingress:
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
         self._served: tuple[ModelInfo, Text] | None = None
         self._flights: set[Flight] = set()
+        self._scraping = asyncio.Lock()
 
     def open(self, info: ModelInfo, text: Text) -> None:
         """Take requests from now on. info: what a replica says it serves. text: that model's tokenizer and template."""
@@ -117,7 +118,8 @@ class Ingress:
 
     async def scrape(self) -> bytes:
         """Prometheus text: this process and all replicas."""
-        return self.metrics.render(await self.backend.stats())
+        async with self._scraping:  # answers that overtake each other would look like a replica that started anew
+            return self.metrics.render(await self.backend.stats())
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, let what runs go on for `timeout_s`, then end it with a terminal event each."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..runtime.errors import InvalidRequest
+from ..runtime.errors import ContextTooLong, InvalidRequest
 from ..runtime.generation import (
     GenerationRequest,
     SamplingParams,
@@ -24,7 +24,15 @@ from ..runtime.text import Text, choice_seed
 from .backend import ModelInfo
 from .config import RouterConfig
 from .messages import read_messages
-from .schema import ChatRequest, CompletionRequest, ResponseFormat, SamplingBody, TokenizeRequest, shown
+from .schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponseFormat,
+    SamplingBody,
+    TokenizeRequest,
+    shown,
+)
 
 COMPLETION_MAX_TOKENS = 16
 _LONG_TEXT = 4096  # characters or tokens; from here on reading would hold up the event loop: a thread takes it
@@ -92,7 +100,10 @@ class Preparer:
         job = self._job(prompts, body, params, default=COMPLETION_MAX_TOKENS, id=id, tenant=tenant)
         if not body.echo:
             return job
-        texts = [self._text.decode(prompt.ids) if prompt.text is None else prompt.text for prompt in job.prompts]
+        texts = await _off_loop(
+            lambda: [self._text.decode(prompt.ids) if prompt.text is None else prompt.text for prompt in job.prompts],
+            size=sum(len(prompt.ids) for prompt in job.prompts if prompt.text is None),
+        )
         return msgspec.structs.replace(job, echo=texts)
 
     async def tokenize(self, body: TokenizeRequest) -> list[int]:
@@ -109,6 +120,14 @@ class Preparer:
             raise InvalidRequest(f"prompt is {shown(body.prompt)}; it must be a string", param="prompt")
         (prompt,) = await self._prompts(body.prompt, add_special_tokens=body.add_special_tokens is not False)
         return prompt.ids
+
+    async def detokenize(self, body: DetokenizeRequest) -> str:
+        """Raises InvalidRequest, ContextTooLong."""
+        num, limit = len(body.tokens), self._info.max_model_len
+        if num > limit:
+            raise ContextTooLong(f"tokens has {num} ids; the context holds {limit} (--max-model-len)", param="tokens")
+        self._text.check_tokens(body.tokens, param="tokens")
+        return await _off_loop(lambda: self._text.decode(body.tokens), size=num)
 
     # Parameters
 

@@ -76,9 +76,9 @@ class EventStream(Response):
 
     async def _run(self, send: Send) -> None:
         answer = self._answer
-        num_choices = len(answer.flight.choices)
-        await self._send(send, answer.shape.opening(num_choices) + self._chunks(self._first))
         try:
+            opening = answer.shape.opening(len(answer.flight.choices))
+            await self._send(send, opening + self._chunks(self._first))
             async for ready in answer.flight:
                 if events := self._chunks(ready):
                     await self._send(send, events)

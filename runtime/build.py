@@ -5,6 +5,8 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,6 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None) -> Repli
     """
     _refuse_later(config)
     device = _device(config)
-    if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
     path = resolve_model(config.model)
     checkpoint = open_checkpoint(path)
     spec = ModelSpec.from_config(checkpoint.config, max_len=config.max_model_len)
@@ -83,9 +83,10 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None) -> Repli
     log.info("%s", memory.describe())
 
     def worker() -> ModelWorker:
-        return build_worker(checkpoint, spec, ops=ops, dtype=dtype, memory=memory)
+        return build_worker(checkpoint, spec, ops=ops, dtype=dtype, memory=memory, num_threads=config.num_threads)
 
-    group: LocalGroup[StepPlan, StepResult] = LocalGroup(worker)
+    with _one_thread():
+        group: LocalGroup[StepPlan, StepResult] = LocalGroup(worker)
     limits = Limits(
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -115,9 +116,15 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None) -> Repli
 
 
 def build_worker(
-    checkpoint: Checkpoint, spec: ModelSpec, *, ops: Ops, dtype: torch.dtype, memory: MemoryPlan
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    *,
+    ops: Ops,
+    dtype: torch.dtype,
+    memory: MemoryPlan,
+    num_threads: int | None = None,
 ) -> ModelWorker:
-    """One rank: weights, cache, tables."""
+    """One rank: weights, cache, tables. num_threads: of a rank on a CPU; default: all cores."""
     with torch.inference_mode():
         decoder = load_decoder(checkpoint, spec, ops=ops, dtype=dtype, max_len=memory.max_model_len)
         cache = kv.allocate(
@@ -134,7 +141,23 @@ def build_worker(
         block_size=memory.block_size,
         device=ops.device,
     )
-    return ModelWorker(table=table, runner=EagerRunner(decoder, cache), sampler=Sampler(ops, spec.vocab_size))
+    return ModelWorker(
+        table=table,
+        runner=EagerRunner(decoder, cache),
+        sampler=Sampler(ops, spec.vocab_size),
+        num_threads=(num_threads or os.cpu_count() or 1) if ops.device.type == "cpu" else None,
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Load on one thread: see `ModelWorker`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

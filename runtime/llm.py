@@ -83,8 +83,9 @@ class _Job:
 class LLM:
     """A model on this machine.
 
-    model: a folder, a hub id already in the local cache, or a .gguf file. Keywords are the fields of `EngineConfig`.
-    Without tokenizer files prompts are token ids and texts come back empty.
+    model: a folder, a hub id already in the local cache, or a .gguf file. chat_template: the source of one, instead of
+    the model's own. Other keywords are the fields of `EngineConfig`. Without tokenizer files prompts are token ids and
+    texts come back empty.
 
     Raises:
         ConfigError, CheckpointError, MemoryPlanError: see `errors.py`.
@@ -99,6 +100,7 @@ class LLM:
         max_model_len: int | None = None,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        chat_template: str | None = None,
         **options: Any,
     ) -> None:
         config = _config(
@@ -108,14 +110,15 @@ class LLM:
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
-            max_queued=NO_LIMIT,
-            **options,
+            **{"max_queued": NO_LIMIT, **options},
         )
         self._closed = False
         self._ids = itertools.count()
         self._entropy = config.seed if config.seed is not None else secrets.randbits(63)
         replica = build_replica(config)
-        self.text = Text.load(replica.model_path, replica.max_model_len, replica.spec.vocab_size)
+        self.text = Text.load(
+            replica.model_path, replica.max_model_len, replica.spec.vocab_size, chat_template=chat_template
+        )
         self._grammars = _grammars(self.text, replica.eos_token_ids)
         self._engine = AsyncEngine(replica.engine)
         self._loop = asyncio.new_event_loop()

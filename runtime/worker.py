@@ -15,18 +15,29 @@ PROMPT_LOGPROB_ROWS = 64
 
 
 class ModelWorker:
-    """A `parallel.group.Worker` around a real model. Built in `runtime/build.py`."""
+    """A `parallel.group.Worker` around a real model. Built in `runtime/build.py`.
 
-    def __init__(self, *, table: SequenceTable, runner: Runner, sampler: Sampler) -> None:
+    On a CPU the thread that executes the first plan must be the only one that ever computes in parallel: OpenMP counts
+    the threads of all teams, and once they outnumber the cores each of a step's thousand small operations sleeps and
+    wakes instead of spinning, which costs half as much again as the model. So the number of threads is set there.
+    """
+
+    def __init__(
+        self, *, table: SequenceTable, runner: Runner, sampler: Sampler, num_threads: int | None = None
+    ) -> None:
         self._table = table
         self._runner = runner
         self._sampler = sampler
+        self._num_threads = num_threads
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (how many alternatives, prompt length)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step to its end."""
         began = time.perf_counter()
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+            self._num_threads = None
         self._table.apply(plan)
         for admission in plan.admissions:
             self._sampler.admit(admission)

@@ -67,12 +67,27 @@ def test_retry_after_is_bounded() -> None:
     clock = Clock()
     admission = Admission(1, clock=clock)
     for _ in range(3):
+        ticket = admission.enter(1)
         clock.now += 1e6
-        admission.enter(1).close()
+        ticket.close()
     admission.enter(1)
     with pytest.raises(QueueFull) as refusal:
         admission.enter(1)
     assert refusal.value.retry_after == 30.0
+
+
+def test_idle_time_is_no_pace() -> None:
+    clock = Clock()
+    admission = Admission(1, clock=clock)
+    for _ in range(3):
+        clock.now += 1e6
+        ticket = admission.enter(1)
+        clock.now += 2.0
+        ticket.close()
+    admission.enter(1)
+    with pytest.raises(QueueFull) as refusal:
+        admission.enter(1)
+    assert refusal.value.retry_after == pytest.approx(2.0)
 
 
 def test_draining_refuses_all_and_lets_the_rest_end() -> None:

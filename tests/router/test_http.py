@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from shoal.runtime.errors import (
     Unavailable,
 )
 from shoal.runtime.generation import GenerationRequest
+from shoal.runtime.stats import Stats
 
 from .fakes import ANSWER, MAX_MODEL_LEN, MODEL, FakeBackend, Server, read_reply, request_bytes, wait_for
 
@@ -283,6 +286,29 @@ def test_continue_final_message(server: Server) -> None:
     messages = [*HI, {"role": "assistant", "content": "Well"}]
     chat(server, messages=messages, continue_final_message=True)
     assert server.ingress.text.decode(server.backend.requests[-1].prompt).endswith("assistant\nWell")
+
+
+def test_detokenize_takes_what_the_context_holds(server: Server) -> None:
+    assert server.post("/detokenize", {"model": MODEL, "tokens": [97] * MAX_MODEL_LEN}).status == 200
+    reply = server.post("/detokenize", {"model": MODEL, "tokens": [97] * (MAX_MODEL_LEN + 1)})
+    assert reply.status == 400
+    assert reply.json["error"]["param"] == "tokens"
+
+
+def test_scrapes_at_once_do_not_overtake_each_other() -> None:
+    """An older answer behind a newer one would count as a replica that started anew."""
+    asked: list[int] = []
+
+    class Slow(FakeBackend):
+        async def stats(self) -> dict[str, Stats]:
+            asked.append(steps := 10 * (len(asked) + 1))
+            await asyncio.sleep(0.2 / len(asked))
+            return {"r1": Stats(steps=steps, generation_tokens=steps)}
+
+    with Server(backend=Slow()) as server, ThreadPoolExecutor(2) as pool:
+        list(pool.map(server.get, ["/metrics"] * 2))
+        text = server.get("/metrics").body.decode()
+    assert 'shoal_generation_tokens_total{replica="departed"} 0.0' in text
 
 
 def test_metrics() -> None:

@@ -15,7 +15,7 @@ HI = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 CONFIG = RouterConfig(served_model_name=(MODEL,), api_keys=("sesame",))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def loading() -> Iterator[Server]:
     with Server(CONFIG, loaded=False) as server:
         yield server
@@ -50,6 +50,7 @@ def test_the_key_is_asked_for_first(loading: Server) -> None:
 
 
 def test_serves_as_soon_as_it_is_open(loading: Server) -> None:
+    """Keep last: it opens the server."""
     with loading.connect() as sock:  # one connection throughout: nothing is started anew
         for status in (503, 200):
             sock.sendall(request_bytes("GET", "/ready", None))

@@ -156,6 +156,18 @@ def test_incomplete_ends_are_errors(server: Server, reason: FinishReason, code: 
     assert stream(server).chunks[-1]["error"]["code"] == code
 
 
+def test_a_bug_in_the_first_chunk_is_a_terminal_event(server: Server) -> None:
+    plain = server.backend._events
+
+    def events(request: GenerationRequest) -> Iterator[TokenEvent]:
+        for event in plain(request):
+            event.logprobs = []  # fewer than there are tokens
+            yield event
+
+    server.backend._events = events  # type: ignore[method-assign]
+    assert stream(server, logprobs=1).chunks[-1]["error"]["code"] == "internal_error"
+
+
 def test_a_replica_that_loses_count_is_not_believed(server: Server) -> None:
     plain = server.backend._events
 
