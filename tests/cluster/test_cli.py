@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shoal.cluster.cli import app
+from shoal.cluster.preflight import read_chat_template
 from shoal.runtime.config import EngineConfig
 from shoal.runtime.errors import ConfigError
 
@@ -56,6 +57,9 @@ def test_every_engine_field_is_a_flag_of_serve() -> None:
         (["--replicas", "2"], ["replicas 2", "use 1"]),
         (["--redis-url", "redis://127.0.0.1:6379"], ["redis_url", "none"]),
         (["--metrics-port", "9090"], ["metrics_port 9090"]),
+        (["--deterministic"], ["deterministic", "not in this version"]),
+        (["--api-key", ""], ["--api-key:", "not empty"]),
+        (["--host", "a" * 300, "--api-key", "k"], ["--host aaa", "not a name of a host"]),
         (["--host", "0.0.0.0"], ["host 0.0.0.0", "--api-key", "--allow-anonymous"]),
         (["--max-model-len", "1"], ["--max-model-len", "8", "got 1"]),
         (["--block-size", "4"], ["--block-size", "16"]),
@@ -91,6 +95,34 @@ def test_key_files(tmp_path: Path) -> None:
     # With keys any host may be listened on: the next refusal is the model's.
     message = refusal("serve", str(tmp_path / "gone"), "--host", "0.0.0.0", "--port", "0", "--api-key-file", str(keys))
     assert "gone" in message
+
+
+def test_chat_templates_are_read_at_start(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    file = tmp_path / "chat.jinja"
+    flags = ["serve", str(tmp_path), "--port", "0", "--chat-template", str(file)]
+    assert f"--chat-template {file}: No such file" in refusal(*flags)
+    file.write_bytes(b"\xff")
+    assert f"--chat-template {file}: 'utf-8' codec" in refusal(*flags)
+    file.write_text("{% if %}")
+    assert "cannot be compiled" in refusal(*flags)
+    file.write_text("{{ messages[0].content }}")
+    assert read_chat_template(file) == "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("command", [["generate", "some/model", "hi"], ["chat", "some/model"], ["bench", "some/model"]])
+def test_commands_without_a_server_name_the_flag_too(command: list[str]) -> None:
+    assert "--max-num-seqs: " in refusal(*command, "--max-num-seqs", "0")
+
+
+@pytest.mark.parametrize("command", ["chat", "bench"])
+def test_flags_of_the_engine_are_not_ignored_with_a_url(command: str) -> None:
+    assert "--dtype" in refusal(command, "--url", "http://127.0.0.1:1", "--dtype", "float32")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:port", "ftp://127.0.0.1", "http://[", "//"])
+def test_urls_that_are_none(url: str) -> None:
+    assert f"--url {url}" in refusal("chat", "--url", url)
 
 
 def test_a_refusal_is_one_line_and_exit_code_2() -> None:

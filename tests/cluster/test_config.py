@@ -90,10 +90,15 @@ def test_open_hosts_need_a_key_or_a_word(given: dict[tuple[str, str], object]) -
     check_supported(load_config({**exposed, **given}))
 
 
-def test_default_names(tmp_path: Path) -> None:
+def test_default_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "Tiny.gguf").touch()
     assert default_name(str(tmp_path / "Tiny.gguf")) == "Tiny"
     assert default_name("org/name") == "org/name"
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path / "tiny")
+    assert default_name(".") == "tiny"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_name("~/tiny") == "tiny"
 
 
 @given(

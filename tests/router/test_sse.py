@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from shoal.router.backend import ReplicaLost
@@ -161,11 +162,10 @@ def test_a_bug_in_the_first_chunk_is_a_terminal_event(server: Server) -> None:
 
     def events(request: GenerationRequest) -> Iterator[TokenEvent]:
         for event in plain(request):
-            event.logprobs = []  # fewer than there are tokens
-            yield event
+            yield msgspec.structs.replace(event, logprobs=[])  # fewer than there are tokens
 
     server.backend._events = events  # type: ignore[method-assign]
-    assert stream(server, logprobs=1).chunks[-1]["error"]["code"] == "internal_error"
+    assert stream(server, COMPLETIONS, logprobs=1).chunks[-1]["error"]["code"] == "internal_error"
 
 
 def test_a_replica_that_loses_count_is_not_believed(server: Server) -> None:
