@@ -77,8 +77,8 @@ class Client:
             connection.request(method, self._base + path, payload, self._headers)
             response = connection.getresponse()
             if response.status != 200:
-                kind = RequestError if 400 <= response.status < 500 else EngineError
-                raise kind(f"{method} {path}: status {response.status}: {_reason(response.read())}")
+                problem = f"{method} {path}: status {response.status}: {_reason(response.read())}"
+                raise RequestError(problem) if response.status < 500 else EngineError(problem)
             yield response
         except (OSError, http.client.HTTPException) as error:
             where = f"{self._host}:{self._port}" if self._port else self._host

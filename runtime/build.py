@@ -64,6 +64,9 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None) -> Repli
     """
     _refuse_later(config)
     device = _device(config)
+    if device.type == "cpu":
+        # oneDNN keeps a compiled product for each of the last 1024 shapes, some 300 MB of them; a step needs a few.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     path = resolve_model(config.model)
     checkpoint = open_checkpoint(path)
     spec = ModelSpec.from_config(checkpoint.config, max_len=config.max_model_len)

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 
@@ -20,6 +19,29 @@ from ..tiny import EOS, byte_tokenizer
 
 INFO = ModelInfo(model="tiny", max_model_len=512, vocab_size=260, eos_token_ids=[EOS])
 HI = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+
+
+class Client:
+    """Asks an ASGI application, without a server."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, dict[bytes, bytes], Any]:
+        """Status, headers and the JSON of the answer."""
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"" if body is None else json.dumps(body).encode()}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
+        await self._app(scope, receive, send)
+        answer = b"".join(message["body"] for message in sent[1:])
+        return sent[0]["status"], dict(sent[0]["headers"]), json.loads(answer)
 
 
 class LateHandle:
@@ -53,35 +75,34 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def with_client(
-    model: Path, scenario: Callable[[IngressActor, LateHandle, httpx.AsyncClient], Awaitable[None]], **options: Any
+    model: Path, scenario: Callable[[IngressActor, LateHandle, Client], Awaitable[None]], **options: Any
 ) -> None:
     async def run() -> None:
         config = load_config({("engine", "model"): str(model), ("router", "served_model_name"): ["tiny"]})
         handle = LateHandle()
         actor = IngressActor.__new__(IngressActor)
         await actor.__init__(handle, config, Path("nowhere/board"), **options)  # type: ignore[misc]
-        transport = httpx.ASGITransport(app=actor.__serve_build_asgi_app__())
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            await scenario(actor, handle, client)
+        await scenario(actor, handle, Client(actor.__serve_build_asgi_app__()))
 
     asyncio.run(asyncio.wait_for(run(), timeout=30))
 
 
-async def loaded(handle: LateHandle, client: httpx.AsyncClient) -> None:
+async def loaded(handle: LateHandle, client: Client) -> None:
     handle.loaded = True
-    while (await client.get("/ready")).status_code != 200:
+    while (await client.ask("GET", "/ready"))[0] != 200:
         await asyncio.sleep(0.01)
 
 
 def test_answers_while_the_replica_loads_and_then_serves(model: Path) -> None:
-    async def scenario(actor: IngressActor, handle: LateHandle, client: httpx.AsyncClient) -> None:
-        assert (await client.get("/health")).status_code == 200
+    async def scenario(actor: IngressActor, handle: LateHandle, client: Client) -> None:
+        assert (await client.ask("GET", "/health"))[0] == 200
         for path in ("/ready", "/v1/models"):
-            reply = await client.get(path)
-            assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+            status, headers, _ = await client.ask("GET", path)
+            assert (status, headers[b"retry-after"]) == (503, b"1")
         await actor.check_health()
         await loaded(handle, client)
-        assert (await client.get("/v1/models")).json()["data"][0]["max_model_len"] == 512
+        _, _, models = await client.ask("GET", "/v1/models")
+        assert models["data"][0]["max_model_len"] == 512
         await actor.check_health()
 
     with_client(model, scenario)
@@ -90,7 +111,7 @@ def test_answers_while_the_replica_loads_and_then_serves(model: Path) -> None:
 def test_an_ingress_that_cannot_open_says_so_to_serve(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.router.replica.HandleBackend.info", lambda self: 1 / 0)
 
-    async def scenario(actor: IngressActor, handle: LateHandle, client: httpx.AsyncClient) -> None:
+    async def scenario(actor: IngressActor, handle: LateHandle, client: Client) -> None:
         await asyncio.sleep(0)
         with pytest.raises(ZeroDivisionError):
             await actor.check_health()
@@ -99,9 +120,9 @@ def test_an_ingress_that_cannot_open_says_so_to_serve(model: Path, monkeypatch: 
 
 
 def test_the_given_chat_template_makes_the_prompts(model: Path) -> None:
-    async def scenario(actor: IngressActor, handle: LateHandle, client: httpx.AsyncClient) -> None:
+    async def scenario(actor: IngressActor, handle: LateHandle, client: Client) -> None:
         await loaded(handle, client)
-        tokens = (await client.post("/tokenize", json=HI)).json()["tokens"]
-        assert bytes(tokens) == b"<user> hi"
+        _, _, answer = await client.ask("POST", "/tokenize", HI)
+        assert bytes(answer["tokens"]) == b"<user> hi"
 
     with_client(model, scenario, chat_template="{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}")
