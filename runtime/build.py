@@ -186,6 +186,8 @@ def _refuse_later(config: EngineConfig) -> None:
     ):
         if size != 1:
             raise ConfigError(f"{flag} {size}: replicas of several ranks are not in this version; use 1")
+    if config.deterministic:
+        raise ConfigError("--deterministic: batch-invariant sums are not in this version; leave it out")
 
 
 def _device(config: EngineConfig) -> torch.device:
