@@ -63,7 +63,8 @@ def _ask(url: str) -> None:
 
 
 def _try_it(url: str) -> str:
-    body = f'{{"model": "{NAME}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    message = '{"role": "user", "content": "Hello!"}'
+    body = f'{{"model": "{NAME}", "stream": true, "max_tokens": 100, "messages": [{message}]}}'
     return (
         f"Serving {NAME} at {url}/v1 (OpenAI's API). Try:\n\n"
         f"    curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\\n      -d '{body}'\n\n"
