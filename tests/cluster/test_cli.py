@@ -58,6 +58,7 @@ def test_every_engine_field_is_a_flag_of_serve() -> None:
         (["--redis-url", "redis://127.0.0.1:6379"], ["redis_url", "none"]),
         (["--metrics-port", "9090"], ["metrics_port 9090"]),
         (["--deterministic"], ["deterministic", "not in this version"]),
+        (["--seed", "7"], ["seed 7", "requests"]),
         (["--api-key", ""], ["--api-key:", "not empty"]),
         (["--host", "a" * 300, "--api-key", "k"], ["--host aaa", "not a name of a host"]),
         (["--host", "0.0.0.0"], ["host 0.0.0.0", "--api-key", "--allow-anonymous"]),

@@ -19,18 +19,6 @@ from .fakes import ANSWER, MODEL, Reply, Server, read_reply, request_bytes, wait
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[Server]:
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: Server) -> Server:
-    running.backend.reset()
-    return running
-
-
 def stream(server: Server, path: str = CHAT, **fields: Any) -> Reply:
     body: dict[str, Any] = {"model": MODEL, "stream": True}
     body |= {"messages": [{"role": "user", "content": "hi"}]} if path == CHAT else {"prompt": "hi", "max_tokens": 100}
