@@ -4,14 +4,59 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
+import msgspec
+
 Plan = TypeVar("Plan")
 Result = TypeVar("Result")
 PlanIn = TypeVar("PlanIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
 
+class GroupFailure(Exception):
+    """A rank died, hung or raised: the whole group has ended, and nothing but `restart` or `close` is left to do.
+
+    is_suspect: the plans in flight may have caused it (an exception, a crash, a hang), against a plain kill from
+    outside. slots: the rows that the failing rank itself blamed, where it could.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        station: str = "",
+        is_suspect: bool = False,
+        slots: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.station = station
+        self.is_suspect = is_suspect
+        self.slots = slots
+
+
+class GroupStartError(Exception):
+    """The ranks did not come up: one message for the operator. `kind`: the name of the error that a rank raised."""
+
+    def __init__(self, message: str, *, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank, for the operator. `details` are its worker's own words: layers, heads, bytes of weights and KV."""
+
+    rank: int
+    stage: int
+    shard: int
+    node: str = "local"
+    pid: int = 0
+    device: str = "cpu"
+    details: dict[str, int | str] = {}
+
+
 class Worker(Protocol[PlanIn, ResultOut]):
-    """One rank: executes plans in the order they come."""
+    """One rank: executes plans in the order they come. Only the output rank's result is looked at."""
 
     def execute(self, plan: PlanIn) -> ResultOut: ...
 
@@ -22,11 +67,22 @@ class WorkerGroup(Protocol[PlanIn, ResultOut]):
     depth: int
 
     def submit(self, plan: PlanIn) -> None:
-        """Hand a plan to every rank. Raises what the worker raised where the rank is in this process."""
+        """Hand a plan to every rank. Raises GroupFailure, or what the worker raised where the rank is in this thread."""
         ...
 
     def collect(self) -> ResultOut:
-        """Wait for the oldest outstanding plan's result. Raises if a rank died or its deadline passed."""
+        """Wait for the oldest outstanding plan's result. Raises GroupFailure if a rank died or its deadline passed."""
+        ...
+
+    def restart(self) -> None:
+        """End what is left of the ranks and bring all of them up anew, with nothing in flight and empty caches.
+
+        Raises GroupStartError where they do not come up. GroupFailure: this kind of group cannot be restarted.
+        """
+        ...
+
+    def ranks(self) -> list[RankInfo]:
+        """The grid as it stands, by rank. Any thread may ask."""
         ...
 
     def close(self) -> None:
@@ -37,9 +93,10 @@ class WorkerGroup(Protocol[PlanIn, ResultOut]):
 class LocalGroup(Generic[Plan, Result]):
     """One rank in this very process and thread: nothing is started, nothing is sent."""
 
-    def __init__(self, worker_factory: Callable[[], Worker[Plan, Result]]) -> None:
+    def __init__(self, worker_factory: Callable[[], Worker[Plan, Result]], info: RankInfo | None = None) -> None:
         self.depth = 1
         self._worker = worker_factory()
+        self._info = info or RankInfo(rank=0, stage=0, shard=0)
         self._results: deque[Result] = deque()
 
     def submit(self, plan: Plan) -> None:
@@ -47,6 +104,12 @@ class LocalGroup(Generic[Plan, Result]):
 
     def collect(self) -> Result:
         return self._results.popleft()
+
+    def restart(self) -> None:
+        raise GroupFailure("a rank in the engine's own process cannot be started anew")
+
+    def ranks(self) -> list[RankInfo]:
+        return [self._info]
 
     def close(self) -> None:
         self._results.clear()
