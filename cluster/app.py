@@ -7,6 +7,7 @@ What differs between deployments (where ranks live, which cache, which balancer)
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import time
 from functools import partial
@@ -15,7 +16,9 @@ from typing import Any
 
 from ray import serve
 
-from ..router.replica import HandleBackend, Parts, Replica
+from ..router.balance import LeastLoaded
+from ..router.line_client import LineBackend
+from ..router.replica import Parts, Replica, ServeDirectory
 from ..runtime.errors import Unavailable
 from .board import posting
 from .config import ShoalConfig
@@ -23,7 +26,7 @@ from .ray_env import hold_serve_port
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
-SPARE_CALLS = 64  # at once, beside generations: readiness, statistics, health
+CALLS = 64  # at once, to a replica: its address, its health; generations go over the line
 NO_LIMIT = 1_000_000  # the ingress's own admission decides, with the right error shape
 
 
@@ -38,12 +41,11 @@ def build_app(
     if config.router.secret is None:  # one for router and engine alike
         router = config.router.model_copy(update={"secret": secrets.token_hex(32)})
         config = config.model_copy(update={"router": router})
-    engine = config.engine
-    generations = engine.max_num_seqs + engine.max_queued
+    secret = secrets.token_bytes(32)  # what the two ends of a line prove to each other
     replica: Any = serve.deployment(
         name="replica",
         num_replicas=config.server.replicas,
-        max_ongoing_requests=generations + SPARE_CALLS,
+        max_ongoing_requests=CALLS,
         # Without GPUs an engine asks for a token share of a CPU: cores are shared out by threads, not by Ray.
         ray_actor_options={"num_cpus": 0.1, "num_gpus": num_gpus},
         **_lifecycle(config),
@@ -52,7 +54,9 @@ def build_app(
         name="ingress", max_ongoing_requests=NO_LIMIT, ray_actor_options={"num_cpus": 0.1}, **_lifecycle(config)
     )(serve.ingress()(IngressActor))
     parts = partial(build_parts, config, board)
-    bound: serve.Application = ingress.bind(replica.bind(parts), config, board, chat_template)
+    bound: serve.Application = ingress.bind(
+        replica.bind(parts, secret), config, board, secret=secret, chat_template=chat_template
+    )
     return bound
 
 
@@ -74,7 +78,7 @@ def build_parts(config: ShoalConfig, board: Path) -> Parts:
             vocab_size=built.spec.vocab_size,
             eos_token_ids=list(built.eos_token_ids),
             dtype=str(built.dtype).removeprefix("torch."),
-            kv_tokens=built.memory.num_blocks * built.memory.block_size,
+            kv_tokens=built.kv_tokens,
             created=int(time.time()),
         )
         return Parts(
@@ -89,7 +93,7 @@ class IngressActor:
     """The router in its own Serve replica; `serve.ingress` turns it into an ASGI app once it is built."""
 
     async def __init__(  # type: ignore[misc]
-        self, replica: Any, config: ShoalConfig, board: Path, chat_template: str | None = None
+        self, replica: Any, config: ShoalConfig, board: Path, *, secret: bytes, chat_template: str | None = None
     ) -> None:
         """Serve awaits it. What takes long, the replica's weights, is waited for behind: requests are answered."""
         hold_serve_port()
@@ -100,8 +104,11 @@ class IngressActor:
             from ..runtime.tokenizer_files import load_tokenizer
 
             tokenizer = await asyncio.to_thread(load_tokenizer, resolve_model(config.engine.model))
-        backend = HandleBackend(replica, timeout_s=config.router.ready_timeout_s)
-        self.router = Ingress(backend, config.router)
+        find = ServeDirectory(replica, timeout_s=config.router.ready_timeout_s)
+        self._backend = backend = LineBackend(find, secret=secret)
+        backend.start()
+        balancer = LeastLoaded(backend.replicas, rng=random.Random())
+        self.router = Ingress(backend, config.router, balancer=balancer)
 
         async def open_when_loaded() -> None:
             info = await _first_info(backend)
@@ -126,7 +133,7 @@ class IngressActor:
         await self.router.drain(timeout_s)
 
 
-async def _first_info(backend: HandleBackend) -> Any:
+async def _first_info(backend: LineBackend) -> Any:
     """Waits for the replica, however long its weights take."""
     while True:
         try:

@@ -67,7 +67,7 @@ class WorkerGroup(Protocol[PlanIn, ResultOut]):
     depth: int
 
     def submit(self, plan: PlanIn) -> None:
-        """Hand a plan to every rank. Raises GroupFailure, or what the worker raised where the rank is in this thread."""
+        """Hand a plan to every rank. Raises GroupFailure; what the worker raised where the rank is in this thread."""
         ...
 
     def collect(self) -> ResultOut:

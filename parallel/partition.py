@@ -3,7 +3,9 @@
 Every cut is contiguous and sizes differ by at most one unit, so any model runs at any width that its heads allow.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 
 def even_cut(total: int, *, shard: int, size: int, unit: int = 1) -> slice:
@@ -75,3 +77,37 @@ def cut_mlp(num_columns: int, *, shard: int, size: int, unit: int = 1) -> slice:
 def cut_vocab(vocab_size: int, *, shard: int, size: int) -> slice:
     """The vocabulary ids of one shard."""
     return even_cut(vocab_size, shard=shard, size=size)
+
+
+def cut_layers(costs: Sequence[float], *, stages: int, head: float = 0.0, entry: float = 0.0) -> list[range]:
+    """Contiguous layers for each stage, so that the dearest stage is as cheap as it can be.
+
+    costs: of each layer, in any unit; entry and head are what the first and the last stage have to do besides. Each
+    stage gets at least one layer. Among equal cuts the earlier stages are the smaller ones. Dynamic programming over
+    (stages, layers), as in the linear partition problem (Skiena, The Algorithm Design Manual, 10.7).
+    """
+    num = len(costs)
+    if not 1 <= stages <= num:
+        raise ValueError(f"pipeline_parallel_size {stages}: the model has {num} layers; possible: 1 to {num}")
+    before = [0.0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+
+    def work(start: int, stop: int) -> float:
+        return before[stop] - before[start] + (entry if start == 0 else 0.0) + (head if stop == num else 0.0)
+
+    # best[stop]: (cost of the dearest of the first k stages over layers [0, stop), where the k-th begins)
+    best = [(work(0, stop), 0) for stop in range(num + 1)]
+    starts = [[begin for _, begin in best]]
+    for stage in range(2, stages + 1):
+        best = [
+            min(((max(best[begin][0], work(begin, stop)), begin) for begin in range(stage - 1, stop)), default=(inf, 0))
+            for stop in range(num + 1)
+        ]
+        starts.append([begin for _, begin in best])
+    cuts: list[range] = []
+    stop = num
+    for begins in reversed(starts):
+        cuts.append(range(begins[stop], stop))
+        stop = begins[stop]
+    return cuts[::-1]

@@ -1,43 +1,42 @@
 """Builds a replica: from a config to an engine over its ranks. The one place in `runtime/` that knows every part."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
-from ..kernels.ops import Ops
-from ..kernels.select import select_ops
-from ..parallel.group import LocalGroup
-from . import kv
-from .batch import SequenceTable
+from ..parallel.comm import SoloComm
+from ..parallel.grid import Grid
+from ..parallel.group import GroupStartError, LocalGroup, RankInfo, WorkerGroup
 from .blocks import BlockPool
-from .checkpoint import Checkpoint
 from .config import EngineConfig
 from .engine import Engine
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError, MemoryPlanError, StartupError
 from .hub import resolve_model
-from .loader import load_decoder
-from .memory import MemoryPlan, free_bytes, plan_memory
+from .memory import GIB
 from .models.spec import ModelSpec
 from .plan import StepPlan, StepResult
 from .policy import select_policy
-from .runner import EagerRunner
-from .sampler import Sampler
+from .rank import DTYPES, Rank, RankSpec, build_worker, decode_result, encode_plan, open_checkpoint
 from .scheduler import Scheduler
 from .sequence import Limits
+from .share import Share, deal
 from .worker import ModelWorker
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from ..parallel.launcher import Launcher
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,148 +45,146 @@ class Replica:
 
     engine: Engine
     spec: ModelSpec
-    memory: MemoryPlan
     model_path: Path
     dtype: torch.dtype
     device: torch.device
     max_model_len: int
+    kv_tokens: int
     eos_token_ids: tuple[int, ...]
 
 
-def build_replica(config: EngineConfig, *, secret: bytes | None = None) -> Replica:
-    """Load the model and put an engine around it. Prints the memory plan.
+def build_replica(config: EngineConfig, *, secret: bytes | None = None, launcher: Launcher | None = None) -> Replica:
+    """Load the model over its ranks and put an engine around them. Prints the memory plan or the grid.
 
-    secret: salts the names of cached prefixes; default: a fresh one.
+    secret: salts the names of cached prefixes; default: a fresh one. launcher: where the ranks of a grid are started;
+    default: processes on this machine. One rank alone lives in the calling process.
 
     Raises:
         ConfigError, CheckpointError, MemoryPlanError: refused, with the value, the limit and the knob.
+        StartupError: the ranks did not come up.
     """
-    _refuse_later(config)
     device = _device(config)
     if device.type == "cpu":
         # oneDNN keeps a compiled product for each of the last 1024 shapes, some 300 MB of them; a step needs a few.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     path = resolve_model(config.model)
-    checkpoint = open_checkpoint(path)
-    spec = ModelSpec.from_config(checkpoint.config, max_len=config.max_model_len)
-    max_model_len = _max_model_len(config, spec)
-    eos_token_ids = _eos_token_ids(path, spec)
-    ops = select_ops(device)
-    dtype = _dtype(config, spec)
-    resolved = config.model_copy(update={"device": device.type, "max_model_len": max_model_len})
-    memory = plan_memory(
-        spec,
-        resolved,
-        max_model_len=max_model_len,
-        weight_bytes=weight_bytes(checkpoint, dtype),
-        dtype=dtype,
-        free=free_bytes(device, config.gpu_memory_utilization),
+    spec = ModelSpec.from_config(open_checkpoint(path).config, max_len=config.max_model_len)
+    resolved = config.model_copy(
+        update={"device": device.type, "dtype": _dtype(config, spec), "max_model_len": _max_model_len(config, spec)}
     )
-    log.info("%s", memory.describe())
+    grid = Grid(config.tensor_parallel_size, config.pipeline_parallel_size)
+    shares = deal(spec, grid, config.pp_layers)
+    depth = _num_microbatches(config) + 1 if config.pp_schedule == "ring" else _num_microbatches(config)
+    rank_spec = RankSpec.of(resolved, model_path=path, spec=spec, depth=depth)
+    if grid.size == 1:
+        group, num_blocks = _alone(rank_spec, shares[0])
+    else:
+        group, num_blocks = _grid(rank_spec, grid, launcher)
+    eos_token_ids = _eos_token_ids(path, spec)
+    scheduler = _scheduler(resolved, spec, num_blocks=num_blocks, eos_token_ids=eos_token_ids, secret=secret)
+    return Replica(
+        engine=Engine(scheduler, group),
+        spec=spec,
+        model_path=path,
+        dtype=DTYPES[resolved.dtype],
+        device=device,
+        max_model_len=rank_spec.engine_config().max_model_len or spec.max_len,
+        kv_tokens=num_blocks * config.block_size,
+        eos_token_ids=eos_token_ids,
+    )
+
+
+Group = WorkerGroup[StepPlan, StepResult]
+
+
+def _alone(rank_spec: RankSpec, share: Share) -> tuple[Group, int]:
+    """A rank in this process, and its KV blocks."""
+    built: list[Rank] = []
 
     def worker() -> ModelWorker:
-        return build_worker(checkpoint, spec, ops=ops, dtype=dtype, memory=memory, num_threads=config.num_threads)
+        built.append(build_worker(rank_spec, share, comm=SoloComm(), ring=None))
+        return built[0].worker
 
-    with _one_thread():
-        group: LocalGroup[StepPlan, StepResult] = LocalGroup(worker)
+    group: LocalGroup[StepPlan, StepResult] = LocalGroup(worker)
+    log.info("%s", built[0].memory.describe())
+    return group, built[0].memory.num_blocks
+
+
+def _grid(rank_spec: RankSpec, grid: Grid, launcher: Launcher | None) -> tuple[Group, int]:
+    """Ranks in processes of their own, and the KV blocks that all of them have room for."""
+    from ..parallel.launcher import ProcessLauncher
+    from ..parallel.rank_group import GroupLimits, RankGroup
+    from ..parallel.wiring import WireSizes
+
+    config = rank_spec.engine_config()
+    try:
+        group: RankGroup[StepPlan, StepResult] = RankGroup(
+            grid,
+            launcher or ProcessLauncher(),
+            factory="shoal.runtime.rank:start_rank",
+            argument=msgspec.msgpack.encode(rank_spec),
+            encode_plan=encode_plan,
+            decode_result=decode_result,
+            sizes=WireSizes(max_hidden_bytes=config.max_num_batched_tokens * rank_spec.spec.hidden_size * 4),
+            limits=GroupLimits(start_timeout_s=config.start_timeout_s, step_timeout_s=config.step_timeout_s),
+            depth=rank_spec.depth,
+            on_progress=lambda line: log.info("%s", line),
+        )
+    except GroupStartError as error:
+        raise _STARTUP_ERRORS.get(error.kind, StartupError)(str(error)) from None
+    log.info("%s", describe_grid(group.ranks()))
+    return group, min(int(rank.details["num_blocks"]) for rank in group.ranks())
+
+
+_STARTUP_ERRORS: dict[str, type[StartupError]] = {
+    kind.__name__: kind for kind in (ConfigError, CheckpointError, MemoryPlanError)
+}
+
+
+def describe_grid(ranks: Sequence[RankInfo]) -> str:
+    """One line a rank: where it is and what it holds."""
+    lines = [f"{len(ranks)} ranks:"]
+    for rank in ranks:
+        d = rank.details
+        lines.append(
+            f"  rank {rank.rank}: stage {rank.stage}, shard {rank.shard}, {rank.device} on {rank.node}, "
+            f"layers {d['layers']}, heads {d['heads']}, KV heads {d['kv_heads']}, "
+            f"weights {int(d['weight_bytes']) / GIB:.2f} GiB, KV cache {int(d['kv_bytes']) / GIB:.2f} GiB"
+        )
+    return "\n".join(lines)
+
+
+def _num_microbatches(config: EngineConfig) -> int:
+    if config.micro_batches is not None and config.pp_schedule != "gpipe":
+        raise ConfigError(f"--micro-batches {config.micro_batches} is of --pp-schedule gpipe; the ring has no barrier")
+    return config.micro_batches or config.pipeline_parallel_size
+
+
+def _scheduler(
+    config: EngineConfig,
+    spec: ModelSpec,
+    *,
+    num_blocks: int,
+    eos_token_ids: tuple[int, ...],
+    secret: bytes | None,
+) -> Scheduler:
     limits = Limits(
-        max_model_len=max_model_len,
+        max_model_len=config.max_model_len or spec.max_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_queued=config.max_queued,
         vocab_size=spec.vocab_size,
         eos_token_ids=frozenset(eos_token_ids),
+        num_microbatches=_num_microbatches(config),
         prefix_caching=config.enable_prefix_caching,
     )
-    scheduler = Scheduler(
+    return Scheduler(
         limits,
-        pool=BlockPool(memory.num_blocks, block_size=config.block_size),
+        pool=BlockPool(num_blocks, block_size=config.block_size),
         policy=select_policy(config.scheduling_policy),
         clock=time.monotonic,
         secret=secret or secrets.token_bytes(32),
     )
-    return Replica(
-        engine=Engine(scheduler, group),
-        spec=spec,
-        memory=memory,
-        model_path=path,
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        eos_token_ids=eos_token_ids,
-    )
-
-
-def build_worker(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    *,
-    ops: Ops,
-    dtype: torch.dtype,
-    memory: MemoryPlan,
-    num_threads: int | None = None,
-) -> ModelWorker:
-    """One rank: weights, cache, tables. num_threads: of a rank on a CPU; default: all cores."""
-    with torch.inference_mode():
-        decoder = load_decoder(checkpoint, spec, ops=ops, dtype=dtype, max_len=memory.max_model_len)
-        cache = kv.allocate(
-            spec,
-            num_layers=spec.num_layers,
-            num_blocks=memory.num_blocks,
-            block_size=memory.block_size,
-            dtype=dtype,
-            device=ops.device,
-        )
-    table = SequenceTable(
-        num_slots=memory.max_num_seqs,
-        max_model_len=memory.max_model_len,
-        block_size=memory.block_size,
-        device=ops.device,
-    )
-    return ModelWorker(
-        table=table,
-        runner=EagerRunner(decoder, cache),
-        sampler=Sampler(ops, spec.vocab_size),
-        num_threads=(num_threads or os.cpu_count() or 1) if ops.device.type == "cpu" else None,
-    )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Load on one thread: see `ModelWorker`."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The folder's safetensors or the .gguf file."""
-    if path.suffix == ".gguf":
-        from .gguf import GGUFCheckpoint
-
-        return GGUFCheckpoint(path)
-    from .safetensors_checkpoint import SafetensorsCheckpoint
-
-    return SafetensorsCheckpoint(path)
-
-
-def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Upper bound of what the weights take once loaded: packed blocks may be kept packed, but need not be."""
-    return sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names()) * dtype.itemsize
-
-
-def _refuse_later(config: EngineConfig) -> None:
-    for flag, size in (
-        ("--tensor-parallel-size", config.tensor_parallel_size),
-        ("--pipeline-parallel-size", config.pipeline_parallel_size),
-    ):
-        if size != 1:
-            raise ConfigError(f"{flag} {size}: replicas of several ranks are not in this version; use 1")
-    if config.deterministic:
-        raise ConfigError("--deterministic: batch-invariant sums are not in this version; leave it out")
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -198,11 +195,11 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device("cpu")
 
 
-def _dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
+def _dtype(config: EngineConfig, spec: ModelSpec) -> str:
     name = config.dtype if config.dtype != "auto" else spec.dtype or "bfloat16"
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r}: use --dtype with one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return name
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

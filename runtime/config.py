@@ -20,9 +20,20 @@ class EngineConfig(BaseModel):
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer.")
     pipeline_parallel_size: int = Field(1, ge=1, description="Stages the layers are cut into.")
+    pp_layers: tuple[int, ...] | None = Field(
+        None, description="Layers of each stage, first to last; default: stages of equal cost."
+    )
+    pp_schedule: Literal["ring", "gpipe"] = Field(
+        "ring", description="ring: every stage always has work; gpipe: fill, drain, repeat (to measure against)."
+    )
+    micro_batches: int | None = Field(
+        None, ge=1, le=64, description="Micro-batches between two barriers of gpipe; default: as many as stages."
+    )
     block_size: int = Field(32, ge=16, le=256, description="Tokens in a KV block (a page); a power of two.")
     kv_cache_memory_gb: float | None = Field(
-        None, gt=0, description="GiB for KV blocks; default: the rest of gpu_memory_utilization, or 2 on a CPU."
+        None,
+        gt=0,
+        description="GiB a rank for KV blocks; default: the rest of gpu_memory_utilization, or 2 / ranks on a CPU.",
     )
     gpu_memory_utilization: float = Field(0.90, gt=0, le=1, description="Share of the GPU's memory the engine may use.")
     max_num_seqs: int = Field(256, ge=1, le=4096, description="Sequences that run at once.")
@@ -34,4 +45,8 @@ class EngineConfig(BaseModel):
         False, description="One reduction order for every batch size: continuations equal the undisturbed run."
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads a rank; default: cores / ranks on the node.")
+    step_timeout_s: float = Field(
+        8.0, gt=0, description="Seconds without progress after which a rank counts as hung; its group restarts."
+    )
+    start_timeout_s: float = Field(900.0, gt=0, description="Seconds the ranks may take to load and come up.")
     seed: int | None = Field(None, description="Seeds the seeds of requests that bring none; default: entropy.")

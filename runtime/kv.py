@@ -10,26 +10,26 @@ from functools import partial
 import torch
 
 from ..kernels.ops import KVLayer
-from .models.spec import ModelSpec
+from .share import Share
 
 
-def bytes_per_block(spec: ModelSpec, *, num_layers: int, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block over `num_layers` layers, keys and values."""
-    num_kv_heads, head_dim = spec.kv_shape()
-    return 2 * num_layers * num_kv_heads * block_size * head_dim * dtype.itemsize
+def bytes_per_block(share: Share, *, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV block over the rank's layers and heads, keys and values."""
+    num_kv_heads, head_dim = share.kv_shape
+    return 2 * len(share.layers) * num_kv_heads * block_size * head_dim * dtype.itemsize
 
 
 def allocate(
-    spec: ModelSpec, *, num_layers: int, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    share: Share, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[KVLayer]:
-    """[num_blocks, kv heads, block_size, head dim] for keys and for values of each layer.
+    """[num_blocks, kv heads, block_size, head dim] for keys and for values of each of the rank's layers.
 
     Zeroed, since a masked slot still meets the arithmetic (0 * NaN is NaN). On a CPU memory is taken as it is written.
     """
-    num_kv_heads, head_dim = spec.kv_shape()
+    num_kv_heads, head_dim = share.kv_shape
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
     zeros = _untouched_zeros if device.type == "cpu" else partial(torch.zeros, device=device)
-    return [KVLayer(zeros(shape, dtype=dtype), zeros(shape, dtype=dtype)) for _ in range(num_layers)]
+    return [KVLayer(zeros(shape, dtype=dtype), zeros(shape, dtype=dtype)) for _ in share.layers]
 
 
 def _untouched_zeros(shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:

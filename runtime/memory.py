@@ -1,4 +1,4 @@
-"""The memory plan: what goes where, worked out before anything is allocated. No profiling run.
+"""One rank's memory plan: what goes where, worked out before anything is allocated. No profiling run.
 
 budget = kv_cache_memory_gb, or the device's share less weights and workspace
 blocks = budget / bytes of a block, no more than max_num_seqs sequences of max_model_len could use
@@ -13,7 +13,7 @@ import torch
 from . import kv
 from .config import EngineConfig
 from .errors import MemoryPlanError
-from .models.spec import ModelSpec
+from .share import Share
 
 GIB = 1 << 30
 CPU_KV_BYTES = 2 * GIB
@@ -51,18 +51,17 @@ class MemoryPlan:
         )
 
 
-def plan_memory(
-    spec: ModelSpec, config: EngineConfig, *, max_model_len: int, weight_bytes: int, dtype: torch.dtype, free: int
-) -> MemoryPlan:
-    """Divide `free` bytes (the engine's share of the device) among weights, workspace and KV blocks.
+def plan_memory(share: Share, config: EngineConfig, *, max_model_len: int, dtype: torch.dtype, free: int) -> MemoryPlan:
+    """Divide `free` bytes (the rank's part of the device) among weights, workspace and KV blocks.
 
-    `config` has been resolved: its device is "cuda" or "cpu".
+    `config` has been resolved: its device is "cuda" or "cpu". Weights are counted dense: packed ones take less.
 
     Raises:
         MemoryPlanError: the weights, or one sequence of max_model_len, do not fit; says which flag would make it fit.
     """
-    workspace = workspace_bytes(spec, config, dtype)
-    block = kv.bytes_per_block(spec, num_layers=spec.num_layers, block_size=config.block_size, dtype=dtype)
+    weight_bytes = share.num_weights() * dtype.itemsize
+    workspace = workspace_bytes(share, config, dtype)
+    block = kv.bytes_per_block(share, block_size=config.block_size, dtype=dtype)
     left = free - weight_bytes - workspace
     if left < block:
         raise MemoryPlanError(
@@ -70,7 +69,7 @@ def plan_memory(
             f"{free / GIB:.2f} GiB are free: use a smaller or quantised model, lower --max-num-batched-tokens "
             f"({config.max_num_batched_tokens}), or raise --gpu-memory-utilization ({config.gpu_memory_utilization})"
         )
-    budget = _kv_budget(config, left)
+    budget = _kv_budget(config, left, share.place.grid.size)
     blocks_a_sequence = -(-max_model_len // config.block_size)
     num_blocks = min(budget // block, config.max_num_seqs * blocks_a_sequence)
     if num_blocks < blocks_a_sequence:
@@ -91,10 +90,10 @@ def plan_memory(
     )
 
 
-def _kv_budget(config: EngineConfig, left: int) -> int:
+def _kv_budget(config: EngineConfig, left: int, num_ranks: int) -> int:
     asked = config.kv_cache_memory_gb
     if asked is None:
-        return min(left, CPU_KV_BYTES) if config.device == "cpu" else left
+        return min(left, CPU_KV_BYTES // num_ranks) if config.device == "cpu" else left
     if asked * GIB > left:
         raise MemoryPlanError(
             f"--kv-cache-memory-gb {asked} is more than the {left / GIB:.2f} GiB that are left beside weights and "
@@ -103,21 +102,23 @@ def _kv_budget(config: EngineConfig, left: int) -> int:
     return int(asked * GIB)
 
 
-def workspace_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
+def workspace_bytes(share: Share, config: EngineConfig, dtype: torch.dtype) -> int:
     """Activations of the widest step plus its logits: an upper bound, layer by layer memory being reused."""
+    spec, tp = share.spec, share.place.grid.tp
     tokens, rows = config.max_num_batched_tokens, min(config.max_num_seqs, config.max_num_batched_tokens)
-    qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    widest = 4 * spec.hidden_size + max(2 * qkv, 3 * max(layer.mlp.size for layer in spec.layers))
+    qkv = (share.heads.num_query + 2 * share.heads.num_kv) * spec.head_dim
+    widest = 4 * spec.hidden_size + max(2 * qkv, 3 * -(-max(layer.mlp.size for layer in spec.layers) // tp))
     # Float32 logits, and twice that while they are sampled from.
-    return tokens * widest * dtype.itemsize + 3 * rows * spec.vocab_size * 4
+    logits = 3 * rows * -(-spec.vocab_size // tp) * 4 if share.place.is_last else 0
+    return tokens * widest * dtype.itemsize + logits
 
 
-def free_bytes(device: torch.device, utilization: float) -> int:
-    """What the engine may use of the device: on a GPU its share of the whole less what others hold."""
+def free_bytes(device: torch.device, utilization: float, *, ranks_on_node: int = 1) -> int:
+    """What a rank may use of the device: on a GPU its share of the whole less what others hold."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(total * utilization) - (total - free)
-    return int(_available_ram() * CPU_SHARE)
+    return int(_available_ram() * CPU_SHARE) // ranks_on_node
 
 
 def _available_ram() -> int:

@@ -1,12 +1,22 @@
-"""One rank: holds its share of the model and its KV cache, and executes plans in the order they come."""
+"""One rank: holds its share of the model and its KV cache, and executes plans in the order they come.
+
+All ranks are told the same and keep the same table; what a rank does with a step depends on its stage alone, and that
+is settled in the two ends it is given: what comes in (`Entry`), and what goes out (`Exit`).
+"""
 
 import time
+from collections import deque
+from typing import NamedTuple, Protocol
 
+import msgspec
 import torch
+from torch import Tensor
 
-from .batch import SequenceTable, StepBatch
+from ..parallel.ring import Ring
+from ..parallel.station import Station
+from .batch import Ints, SequenceTable, StepBatch
 from .generation import TokenLogprob
-from .plan import StepPlan, StepResult
+from .plan import Admission, StepPlan, StepResult
 from .runner import Runner
 from .sampler import Sampler, token_logprobs
 
@@ -14,8 +24,32 @@ from .sampler import Sampler, token_logprobs
 PROMPT_LOGPROB_ROWS = 64
 
 
+class Entry(Protocol):
+    """A stage's input."""
+
+    def prepare(self, plan: StepPlan) -> None:
+        """See that the table holds every token that the plan reads. Called before the batch is made."""
+        ...
+
+    def hidden(self, batch: StepBatch) -> Tensor:
+        """[T, D] float32, fresh: what enters the stage's first layer."""
+        ...
+
+
+class Exit(Protocol):
+    """A stage's output."""
+
+    def admit(self, admission: Admission) -> None:
+        """A slot has a new sequence."""
+        ...
+
+    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> StepResult:
+        """What the step came to. Of the ranks that do not draw it is an empty result, which nobody reads."""
+        ...
+
+
 class ModelWorker:
-    """A `parallel.group.Worker` around a real model. Built in `runtime/build.py`.
+    """A `parallel.group.Worker` around a real model. Built in `runtime/rank.py`.
 
     On a CPU the thread that executes the first plan must be the only one that ever computes in parallel: OpenMP counts
     the threads of all teams, and once they outnumber the cores each of a step's thousand small operations sleeps and
@@ -23,13 +57,21 @@ class ModelWorker:
     """
 
     def __init__(
-        self, *, table: SequenceTable, runner: Runner, sampler: Sampler, num_threads: int | None = None
+        self,
+        *,
+        table: SequenceTable,
+        runner: Runner,
+        entry: Entry,
+        exit: Exit,
+        station: Station | None = None,
+        num_threads: int | None = None,
     ) -> None:
         self._table = table
         self._runner = runner
-        self._sampler = sampler
+        self._entry = entry
+        self._exit = exit
+        self._station = station or Station()
         self._num_threads = num_threads
-        self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (how many alternatives, prompt length)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -40,27 +82,146 @@ class ModelWorker:
             self._num_threads = None
         self._table.apply(plan)
         for admission in plan.admissions:
-            self._sampler.admit(admission)
-            self._prompt_logprobs.pop(admission.slot, None)
-            if admission.params.prompt_logprobs is not None:
-                self._prompt_logprobs[admission.slot] = (admission.params.prompt_logprobs, admission.prompt_len)
-        if not plan.slices:
-            return StepResult(plan.step, [])
+            self._exit.admit(admission)
+        self._entry.prepare(plan)
         batch = self._table.batch(plan.slices)
-        hidden_TD = self._runner.hidden(batch)
+        residual_TD = self._entry.hidden(batch)
+        self._station.at("layers")
+        hidden_TD = self._runner.layers(residual_TD, batch)
+        result = self._exit.finish(hidden_TD, batch, plan)
+        return msgspec.structs.replace(result, device_s=time.perf_counter() - began)
+
+
+# Entries
+
+
+class Known:
+    """The entry of a stage that is first and last: what it drew it wrote into its own table."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def prepare(self, plan: StepPlan) -> None:
+        pass
+
+    def hidden(self, batch: StepBatch) -> Tensor:
+        return self._runner.embed(batch)
+
+
+class _Drawing(NamedTuple):
+    """A step whose tokens the last stage draws: whose they are, and of which holder of the slot."""
+
+    slots: list[int]
+    positions: Ints
+    epochs: list[int]
+
+
+class Returned:
+    """The entry of a first stage with others behind it: the tokens they draw come back on the ring.
+
+    They are taken off it as late as possible, when a plan first reads one of them, so that the stage computes prompt
+    chunks and other rows meanwhile. A slot may have got a new holder since: what was drawn for the old one is dropped.
+    """
+
+    def __init__(self, runner: Runner, table: SequenceTable, ring: Ring, *, depth: int) -> None:
+        """depth: plans in flight at most; what older ones drew is here, and must not fill the line."""
+        self._runner = runner
+        self._table = table
+        self._ring = ring
+        self._depth = depth
+        self._under_way: deque[_Drawing] = deque()
+        self._waits_for: dict[int, int] = {}  # slot -> tokens on their way to its present holder
+        self._epochs: dict[int, int] = {}
+
+    def prepare(self, plan: StepPlan) -> None:
+        for admission in plan.admissions:
+            self._epochs[admission.slot] = self._epochs.get(admission.slot, 0) + 1
+            self._waits_for.pop(admission.slot, None)
+        while len(self._under_way) > self._depth or any(part.slot in self._waits_for for part in plan.slices):
+            self._take()
+
+    def _take(self) -> None:
+        drawing = self._under_way.popleft()
+        tokens = self._ring.receive((len(drawing.slots),), torch.int64).numpy()
+        mine = [row for row, slot in enumerate(drawing.slots) if self._epochs.get(slot, 0) == drawing.epochs[row]]
+        slots = [drawing.slots[row] for row in mine]
+        self._table.append(slots, drawing.positions[mine], tokens[mine])
+        for slot in slots:
+            self._waits_for[slot] -= 1
+            if not self._waits_for[slot]:
+                del self._waits_for[slot]
+
+    def hidden(self, batch: StepBatch) -> Tensor:
+        if batch.slots:
+            epochs = [self._epochs.get(slot, 0) for slot in batch.slots]
+            self._under_way.append(_Drawing(batch.slots, batch.next_positions, epochs))
+            for slot in batch.slots:
+                self._waits_for[slot] = self._waits_for.get(slot, 0) + 1
+        return self._runner.embed(batch)
+
+
+class Received:
+    """The entry of a later stage: hidden states from the one before. Its table need not know any token."""
+
+    def __init__(self, ring: Ring, *, hidden_size: int) -> None:
+        self._ring = ring
+        self._hidden_size = hidden_size
+
+    def prepare(self, plan: StepPlan) -> None:
+        pass
+
+    def hidden(self, batch: StepBatch) -> Tensor:
+        return self._ring.receive((batch.token_ids_T.shape[0], self._hidden_size), torch.float32)
+
+
+# Exits
+
+
+class Sent:
+    """The exit of a stage with another one behind it."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+
+    def admit(self, admission: Admission) -> None:
+        pass
+
+    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> StepResult:
+        self._ring.send(hidden_TD)
+        return StepResult(plan.step, [])
+
+
+class Drawn:
+    """The exit of the last stage: logits, and the tokens drawn from them, for the table and for the driver.
+
+    All shards of the stage come to the same tokens; those of the output rank are the ones that are read.
+    """
+
+    def __init__(self, runner: Runner, table: SequenceTable, sampler: Sampler) -> None:
+        self._runner = runner
+        self._table = table
+        self._sampler = sampler
+        self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (how many alternatives, prompt length)
+
+    def admit(self, admission: Admission) -> None:
+        self._sampler.admit(admission)
+        self._prompt_logprobs.pop(admission.slot, None)
+        if admission.params.prompt_logprobs is not None:
+            self._prompt_logprobs[admission.slot] = (admission.params.prompt_logprobs, admission.prompt_len)
+
+    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> StepResult:
         prompt_logprobs = self._of_prompts(plan, hidden_TD) if self._prompt_logprobs else {}
         if not batch.slots:
-            return StepResult(plan.step, [], None, prompt_logprobs, time.perf_counter() - began)
+            return StepResult(plan.step, [], None, prompt_logprobs)
         sampled = self._sampler.sample(self._runner.logits(hidden_TD[batch.rows_R]), batch, plan)
-        self._remember(batch, sampled.tokens)
-        return StepResult(plan.step, sampled.tokens, sampled.logprobs, prompt_logprobs, time.perf_counter() - began)
+        self._remember(batch, torch.tensor(sampled.tokens, dtype=torch.int64))
+        return StepResult(plan.step, sampled.tokens, sampled.logprobs, prompt_logprobs)
 
-    def _remember(self, batch: StepBatch, tokens: list[int]) -> None:
+    def _remember(self, batch: StepBatch, tokens_R: Tensor) -> None:
         # A failed row's -1 must not be read as a token id by a step that is planned already.
-        drawn = torch.tensor(tokens, dtype=torch.int64).clamp_(min=0).numpy()
-        self._table.append(batch.slots, batch.next_positions, drawn)
+        self._table.append(batch.slots, batch.next_positions, tokens_R.clamp_(min=0).numpy())
 
-    def _of_prompts(self, plan: StepPlan, hidden_TD: torch.Tensor) -> dict[int, list[TokenLogprob]]:
+    def _of_prompts(self, plan: StepPlan, hidden_TD: Tensor) -> dict[int, list[TokenLogprob]]:
         """Log-probabilities of the prompt tokens that follow this step's, for the slots that asked."""
         found: dict[int, list[TokenLogprob]] = {}
         first = 0
@@ -80,3 +241,15 @@ class ModelWorker:
                 logits_QV = self._runner.logits(hidden_TD[rows + at : rows + end])
                 found[part.slot] += token_logprobs(self._sampler.ops, logits_QV, tokens_Q[at:end], num)
         return found
+
+
+class DrawnAndReturned(Drawn):
+    """The exit of a last stage with others before it: the first one is told the tokens, without the driver."""
+
+    def __init__(self, runner: Runner, table: SequenceTable, sampler: Sampler, ring: Ring) -> None:
+        super().__init__(runner, table, sampler)
+        self._ring = ring
+
+    def _remember(self, batch: StepBatch, tokens_R: Tensor) -> None:
+        super()._remember(batch, tokens_R)
+        self._ring.send(tokens_R)
