@@ -1,8 +1,8 @@
 """What one engine is told: a frozen value, read once when it is built."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class EngineConfig(BaseModel):
@@ -21,7 +21,7 @@ class EngineConfig(BaseModel):
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer.")
     pipeline_parallel_size: int = Field(1, ge=1, description="Stages the layers are cut into.")
     pp_layers: tuple[int, ...] | None = Field(
-        None, description="Layers of each stage, first to last; default: stages of equal cost."
+        None, description="Layers of each stage, as 8,8,7,7; default: stages of equal cost."
     )
     pp_schedule: Literal["ring", "gpipe"] = Field(
         "ring", description="ring: every stage always has work; gpipe: fill, drain, repeat (to measure against)."
@@ -50,3 +50,12 @@ class EngineConfig(BaseModel):
     )
     start_timeout_s: float = Field(900.0, gt=0, description="Seconds the ranks may take to load and come up.")
     seed: int | None = Field(None, description="Seeds the seeds of requests that bring none; default: entropy.")
+
+    @field_validator("pp_layers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """`8,8,7,7`, as a flag gives it."""
+        texts = [value] if isinstance(value, str) else value
+        if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+            return ",".join(texts).split(",")
+        return value

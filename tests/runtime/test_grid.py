@@ -4,7 +4,6 @@ Random weights spread the logits widely, so that a sum taken in another order ne
 """
 
 import itertools
-import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,21 +12,14 @@ import pytest
 import torch
 
 from shoal.parallel.grid import Grid
-from shoal.parallel.threads import ThreadGroup
-from shoal.runtime.blocks import BlockPool
-from shoal.runtime.config import EngineConfig
-from shoal.runtime.engine import Engine
 from shoal.runtime.errors import ConfigError
 from shoal.runtime.generation import GenerationRequest, SamplingParams
 from shoal.runtime.models.spec import ModelSpec
-from shoal.runtime.policy import FirstCome
-from shoal.runtime.rank import RankSpec, build_worker
 from shoal.runtime.safetensors_checkpoint import SafetensorsCheckpoint
-from shoal.runtime.scheduler import Scheduler
-from shoal.runtime.sequence import Limits
 from shoal.runtime.share import deal
 
 from ..models.support import TINY, randomise
+from .grid_engine import engine_over, run
 
 GRIDS = [Grid(tp, pp) for tp, pp in itertools.product((1, 2, 3), (1, 2, 3)) if tp * pp > 1]
 NINE = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}  # SmolLM2's heads
@@ -76,43 +68,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     return save
 
 
-def engine_over(folder: Any, grid: Grid, *, num_blocks: int = 64, **changes: Any) -> Engine:
-    fields = {
-        "dtype": "float32",
-        "device": "cpu",
-        "max_model_len": 64,
-        "block_size": 16,
-        "max_num_seqs": 16,
-        "max_num_batched_tokens": 24,
-        "kv_cache_memory_gb": 0.01,
-        "num_threads": 1,
-    }
-    config = EngineConfig(
-        model=str(folder), tensor_parallel_size=grid.tp, pipeline_parallel_size=grid.pp, **(fields | changes)
-    )
-    spec = ModelSpec.from_config(SafetensorsCheckpoint(folder).config)
-    m = config.micro_batches or grid.pp
-    depth = m if config.pp_schedule == "gpipe" else grid.pp + 1
-    rank_spec = RankSpec.of(config, model_path=folder, spec=spec, depth=depth)
-    shares = deal(spec, grid, config.pp_layers)
-
-    def factory(place, comm, ring):
-        return build_worker(rank_spec, shares[place.rank], comm=comm, ring=ring if grid.pp > 1 else None).worker
-
-    limits = Limits(
-        max_model_len=64,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_queued=100,
-        vocab_size=spec.vocab_size,
-        num_microbatches=m,
-        prefix_caching=config.enable_prefix_caching,
-    )
-    pool = BlockPool(num_blocks, block_size=config.block_size)
-    scheduler = Scheduler(limits, pool=pool, policy=FirstCome(), clock=time.monotonic, secret=bytes(32))
-    return Engine(scheduler, ThreadGroup(grid, factory, depth=depth))
-
-
 def requests(num: int, vocab_size: int = 101) -> list[GenerationRequest]:
     generator = torch.Generator().manual_seed(11)
     shared = torch.randint(0, vocab_size, (18,), generator=generator).tolist()
@@ -123,23 +78,6 @@ def requests(num: int, vocab_size: int = 101) -> list[GenerationRequest]:
         params = SAMPLING[index % len(SAMPLING)]
         made.append(GenerationRequest(id=str(index), prompt=prompt, params=params, seed=1000 + index))
     return made
-
-
-def run(engine: Engine, work: list[GenerationRequest]) -> dict[str, list[int]]:
-    """The tokens of each request; they come while others run."""
-    tokens: dict[str, list[int]] = {request.id: [] for request in work}
-    coming = list(work)
-    try:
-        while coming or engine.has_work:
-            if coming:
-                engine.add(coming.pop(0))
-            for event in engine.step():
-                assert event.start == len(tokens[event.id])
-                assert event.error is None
-                tokens[event.id] += event.tokens
-    finally:
-        engine.close()
-    return tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
