@@ -19,10 +19,12 @@ from ray import serve
 from ..router.balance import LeastLoaded
 from ..router.line_client import LineBackend
 from ..router.replica import Parts, Replica, ServeDirectory
-from ..runtime.errors import Unavailable
+from ..runtime.config import EngineConfig
+from ..runtime.errors import ConfigError, Unavailable
 from .board import posting
 from .config import ShoalConfig
 from .ray_env import hold_serve_port
+from .ray_launcher import ENGINE_CPUS, RayLauncher, bundles
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
@@ -30,13 +32,27 @@ CALLS = 64  # at once, to a replica: its address, its health; generations go ove
 NO_LIMIT = 1_000_000  # the ingress's own admission decides, with the right error shape
 
 
-def build_app(
-    config: ShoalConfig, *, board: Path, chat_template: str | None = None, num_gpus: float = 0
-) -> serve.Application:
-    """The application: the ingress in front of the replica.
+def on_device(config: ShoalConfig, *, num_gpus: float) -> ShoalConfig:
+    """The config with its device settled by what Ray has.
+
+    Raises:
+        ConfigError: the ranks are more than the GPUs, with the arithmetic.
+    """
+    engine, grid, replicas = config.engine, config.engine.grid, config.server.replicas
+    device = engine.device if engine.device != "auto" else "cuda" if num_gpus >= 1 else "cpu"
+    needed = replicas * grid.size
+    if device == "cuda" and needed > num_gpus:
+        raise ConfigError(
+            f"--replicas {replicas} x --tensor-parallel-size {grid.tp} x --pipeline-parallel-size {grid.pp} = "
+            f"{needed} GPUs, one a rank, but Ray has {num_gpus:g}: lower one of them, add GPUs, or use --device cpu"
+        )
+    return config.model_copy(update={"engine": engine.model_copy(update={"device": device})})
+
+
+def build_app(config: ShoalConfig, *, board: Path, chat_template: str | None = None) -> serve.Application:
+    """The application: the ingress in front of the replicas. `config` is settled (`on_device`).
 
     board: where a replica on this machine posts how its start goes. chat_template: instead of the model's own.
-    num_gpus: that an engine may take from Ray.
     """
     if config.router.secret is None:  # one for router and engine alike
         router = config.router.model_copy(update={"secret": secrets.token_hex(32)})
@@ -46,8 +62,7 @@ def build_app(
         name="replica",
         num_replicas=config.server.replicas,
         max_ongoing_requests=CALLS,
-        # Without GPUs an engine asks for a token share of a CPU: cores are shared out by threads, not by Ray.
-        ray_actor_options={"num_cpus": 0.1, "num_gpus": num_gpus},
+        **_resources(config.engine),
         **_lifecycle(config),
     )(Replica)
     ingress: Any = serve.deployment(
@@ -71,7 +86,9 @@ def build_parts(config: ShoalConfig, board: Path) -> Parts:
         from ..runtime.tokenizer_files import load_tokenizer
 
         assert config.router.secret is not None
-        built = build_replica(config.engine, secret=config.router.secret.encode())
+        engine = config.engine
+        launcher = RayLauncher(engine.grid, gpus=engine.device == "cuda") if engine.grid.size > 1 else None
+        built = build_replica(engine, secret=config.router.secret.encode(), launcher=launcher)
         info = ModelInfo(
             model=config.router.served_model_name[0],
             max_model_len=built.max_model_len,
@@ -140,6 +157,18 @@ async def _first_info(backend: LineBackend) -> Any:
             return await backend.info()
         except Unavailable:
             await asyncio.sleep(0.05)
+
+
+def _resources(engine: EngineConfig) -> dict[str, Any]:
+    """What a replica asks of Ray. One rank lives in the replica's own process, more have bundles of their own."""
+    grid, gpus = engine.grid, engine.device == "cuda"
+    if grid.size == 1:
+        return {"ray_actor_options": {"num_cpus": ENGINE_CPUS, "num_gpus": int(gpus)}}
+    return {
+        "ray_actor_options": {"num_cpus": ENGINE_CPUS},
+        "placement_group_bundles": bundles(grid, gpus=gpus),
+        "placement_group_strategy": "PACK",
+    }
 
 
 def _lifecycle(config: ShoalConfig) -> dict[str, Any]:

@@ -96,15 +96,10 @@ def check_supported(config: ShoalConfig) -> None:
             f"host {server.host} without an API key would serve everyone who can reach it: give --api-key or "
             "--api-key-file, listen on 127.0.0.1, or say --allow-anonymous"
         )
-    several = "replica groups of several ranks are not in this version; use 1"
     for value, limit, sentence in (
-        (engine.tensor_parallel_size, 1, f"tensor_parallel_size {engine.tensor_parallel_size}: {several}"),
-        (engine.pipeline_parallel_size, 1, f"pipeline_parallel_size {engine.pipeline_parallel_size}: {several}"),
-        (server.replicas, 1, f"replicas {server.replicas}: several replicas are not in this version; use 1"),
         (engine.seed, None, f"seed {engine.seed}: requests bring their own to a server; leave it out"),
         (server.redis_url, "none", f"redis_url {server.redis_url!r}: no response cache in this version; use none"),
         (server.metrics_port, None, f"metrics_port {server.metrics_port}: /metrics is on the public port so far"),
-        (engine.deterministic, False, "deterministic: batch-invariant sums are not in this version; leave it out"),
     ):
         if value != limit:
             raise ConfigError(sentence)

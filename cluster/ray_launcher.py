@@ -1,4 +1,5 @@
-"""Where a replica's ranks live on Ray: one bundle of its placement group a stage, and in each an agent that starts them.
+"""Where a replica's ranks live on Ray: one bundle of its placement group a stage, and in each an agent that starts
+them.
 
 A bundle lies on one node, so the shards of a stage share one (tensor parallelism stays inside a node) while stages may
 be spread (pipelines cross nodes). An agent is an actor that does next to nothing: it starts its stage's ranks as
@@ -8,8 +9,10 @@ is. Ray calls bring ranks up and take them down; what happens in between travels
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,10 +21,12 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ..parallel.control import RankStart
 from ..parallel.grid import Grid
 from ..parallel.launcher import ProcessLauncher
-from ..parallel.rank import RankStart
 from ..runtime.errors import StartupError
+
+log = logging.getLogger(__name__)
 
 CPUS_A_RANK = 0.1  # cores are shared out by threads, not by Ray
 ENGINE_CPUS = 0.1
@@ -30,24 +35,29 @@ PATIENCE_S = 5.0  # before the operator is told what is waited for
 
 
 def bundles(grid: Grid, *, gpus: bool) -> list[dict[str, float]]:
-    """What a replica asks of Ray: the engine's bundle, then one for each stage. By `PACK`, so as few nodes as can be."""
+    """What a replica asks of Ray: the engine's bundle, then one for each stage."""
     stage: dict[str, float] = {"CPU": CPUS_A_RANK * grid.tp}
     if gpus:
         stage["GPU"] = grid.tp
     return [{"CPU": ENGINE_CPUS}, *[stage] * grid.pp]
 
 
+def cpus_needed(replicas: int, grid: Grid) -> int:
+    """Of Ray's CPUs, for all replicas and the ingress."""
+    each = ENGINE_CPUS + (CPUS_A_RANK * grid.size if grid.size > 1 else 0)
+    return math.ceil(replicas * each + 1)
+
+
 class RayLauncher:
     """A `parallel.launcher.Launcher` in the bundles of the calling actor's placement group."""
 
-    def __init__(self, grid: Grid, *, gpus: bool, on_progress: Callable[[str], None]) -> None:
-        """Call it in the replica's actor. on_progress: takes a line while a node is waited for."""
+    def __init__(self, grid: Grid, *, gpus: bool) -> None:
+        """Call it in the replica's actor."""
         context = ray.get_runtime_context()
         self.node: str = context.get_node_id()
         self.address: str = ray.util.get_node_ip_address()
         self._grid = grid
         self._gpus = gpus
-        self._on_progress = on_progress
         group = ray.util.get_current_placement_group()
         assert group is not None, "a replica of several ranks is deployed with a placement group"
         self._group: PlacementGroup = group
@@ -80,10 +90,11 @@ class RayLauncher:
                 raise StartupError(f"Ray did not start the ranks: {type(error).__name__}: {error}"[:500]) from None
             if waiting:
                 seconds = time.monotonic() - began
-                self._on_progress(f"waiting for Ray to place {len(waiting)} of {len(calls)} stages ({seconds:.0f} s)")
+                log.info("waiting for Ray to place %d of %d stages (%.0f s)", len(waiting), len(calls), seconds)
 
     def exit_status(self, rank: int, *, timeout_s: float) -> int | None:
-        return self._ask("exit_status", rank, timeout_s)
+        status: int | None = self._ask("exit_status", rank, timeout_s)
+        return status
 
     def last_words(self, rank: int) -> str:
         return self._ask("last_words", rank) or ""

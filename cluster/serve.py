@@ -92,8 +92,12 @@ def start_ray(config: ShoalConfig, run_dir: Path) -> None:
     os.environ.update(ray_environment(run_dir, haproxy=config.server.haproxy))
     import ray
 
+    from .ray_launcher import cpus_needed
+
     ray.init(
         address="local",
+        # Cores are shared out by threads: what actors ask for must never be what keeps them waiting.
+        num_cpus=max(os.cpu_count() or 1, cpus_needed(config.server.replicas, config.engine.grid)),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         configure_logging=False,
@@ -107,13 +111,13 @@ def deploy(config: ShoalConfig, *, port: int, chat_template: str | None, board: 
     import ray
     from ray import serve
 
-    from .app import build_app
+    from .app import build_app, on_device
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve sets it to INFO when it is imported
     progress.phase("starting Ray Serve")
     serve.start(http_options={"host": config.server.host, "port": port}, proxy_location="HeadOnly")
-    num_gpus = 0 if config.engine.device == "cpu" else min(1.0, ray.cluster_resources().get("GPU", 0.0))
-    app = build_app(config, board=board.file, chat_template=chat_template, num_gpus=num_gpus)
+    config = on_device(config, num_gpus=ray.cluster_resources().get("GPU", 0.0))
+    app = build_app(config, board=board.file, chat_template=chat_template)
     progress.phase("starting the replica")
     with board.follow(progress):
         serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)

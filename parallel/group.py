@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -12,11 +12,15 @@ PlanIn = TypeVar("PlanIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
 
+Cause = Literal["killed", "lost", "exception", "hang"]
+
+
 class GroupFailure(Exception):
     """A rank died, hung or raised: the whole group has ended, and nothing but `restart` or `close` is left to do.
 
-    is_suspect: the plans in flight may have caused it (an exception, a crash, a hang), against a plain kill from
-    outside. slots: the rows that the failing rank itself blamed, where it could.
+    cause: "killed" by somebody outside, "lost" with its node, or something that the plans in flight may have brought
+    about: an "exception" (a crash, too) or a "hang". slots: the rows that the failing rank itself blamed, where it
+    could.
     """
 
     def __init__(
@@ -25,14 +29,19 @@ class GroupFailure(Exception):
         *,
         rank: int | None = None,
         station: str = "",
-        is_suspect: bool = False,
+        cause: Cause = "killed",
         slots: tuple[int, ...] = (),
     ) -> None:
         super().__init__(message)
         self.rank = rank
         self.station = station
-        self.is_suspect = is_suspect
+        self.cause: Cause = cause
         self.slots = slots
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the plans in flight may have caused it."""
+        return self.cause in ("exception", "hang")
 
 
 class GroupStartError(Exception):
@@ -74,6 +83,10 @@ class WorkerGroup(Protocol[PlanIn, ResultOut]):
         """Wait for the oldest outstanding plan's result. Raises GroupFailure if a rank died or its deadline passed."""
         ...
 
+    def check(self) -> None:
+        """Raise GroupFailure if a rank has failed. For while nothing is in flight: `collect` sees it by itself."""
+        ...
+
     def restart(self) -> None:
         """End what is left of the ranks and bring all of them up anew, with nothing in flight and empty caches.
 
@@ -104,6 +117,9 @@ class LocalGroup(Generic[Plan, Result]):
 
     def collect(self) -> Result:
         return self._results.popleft()
+
+    def check(self) -> None:
+        pass
 
     def restart(self) -> None:
         raise GroupFailure("a rank in the engine's own process cannot be started anew")

@@ -147,7 +147,7 @@ class ThreadGroup(Generic[Plan, Result]):
             except Exception as problem:  # noqa: BLE001 - told to whoever collects
                 if not life.is_over:
                     text = f"{place}: {type(problem).__name__}: {problem}"
-                    life.results.put(GroupFailure(text, rank=place.rank, station="step", is_suspect=True))
+                    life.results.put(GroupFailure(text, rank=place.rank, station="step", cause="exception"))
                 return
             if place.answers:
                 life.results.put(result)
@@ -162,6 +162,9 @@ class ThreadGroup(Generic[Plan, Result]):
             self._end(self._life)
             raise result
         return result
+
+    def check(self) -> None:
+        pass
 
     def restart(self) -> None:
         self._end(self._life)

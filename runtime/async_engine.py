@@ -23,6 +23,7 @@ from .stats import Stats
 log = logging.getLogger(__name__)
 
 STATS_EVERY_S = 0.1
+CHECK_EVERY_S = 0.5  # of the ranks, while there is no work
 
 
 class _Stream:
@@ -82,6 +83,7 @@ class AsyncEngine:
         self._closing = False
         self._death: EngineDead | None = None
         self._busy = False
+        self._restarting: str | None = None
         self.last_progress = clock()
         self._stats = engine.stats()
         self._stats_at = self.last_progress
@@ -132,19 +134,33 @@ class AsyncEngine:
         return self._stats
 
     def is_stuck(self, now: float | None = None, limit: float = 10.0) -> bool:
-        """Whether there is work and no step has ended for `limit` seconds. Alive without a step is dead."""
+        """Whether there is work and no step has ended for `limit` seconds. Alive without a step is dead.
+
+        A restart of the ranks is not stuck: the group itself gives it a limit.
+        """
         now = self._clock() if now is None else now
-        return self._busy and now - self.last_progress > limit
+        return self._busy and self._restarting is None and now - self.last_progress > limit
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine makes steps."""
+        """Whether the engine makes steps, or is on its way back to making them."""
         return self._death is None and self._thread.is_alive() and not self.is_stuck()
 
     @property
     def ready(self) -> bool:
-        """Whether new generations are taken."""
-        return self.healthy and not self._draining
+        """Whether new generations are taken and go on at once. While the ranks restart they are queued."""
+        return self.healthy and not self._draining and self._restarting is None
+
+    @property
+    def state(self) -> str:
+        """How things stand, in words for the operator; "ready" where `ready`."""
+        if self._death is not None:
+            return str(self._death)
+        if not self.healthy:
+            return "the engine has stopped making steps"
+        if self._draining:
+            return "the engine is draining"
+        return self._restarting or "ready"
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more; let what is live end by itself until the deadline, then abort the rest."""
@@ -154,7 +170,10 @@ class AsyncEngine:
             return
         self._ends_rest = True
         self._wake.set()
-        await asyncio.to_thread(self._idle.wait, 1.0)
+        if self._restarting is None and await asyncio.to_thread(self._idle.wait, 1.0):
+            return
+        if self._restarting is not None:  # the engine's thread is away, maybe for longer than anyone waits
+            self._end_all(FinishReason.ABORT, "the engine is shutting down")
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Abort what is live, end the thread and the ranks. Idempotent."""
@@ -194,7 +213,9 @@ class AsyncEngine:
             self._busy = True
             self._deliver(self._engine.step())
             self.last_progress = now = self._clock()
-            if now - self._stats_at >= STATS_EVERY_S:
+            # Behind `last_progress`, or a restart would look stuck at its end.
+            self._restarting = self._engine.restarting
+            if now - self._stats_at >= STATS_EVERY_S or self._restarting is not None:
                 self._publish_stats(now)
             return
         self._busy = False
@@ -202,8 +223,11 @@ class AsyncEngine:
         with self._lock:
             if not self._coming:
                 self._idle.set()
-        self._wake.wait()
-        self._wake.clear()
+        if self._wake.wait(CHECK_EVERY_S):
+            self._wake.clear()
+        else:
+            self._engine.check()
+            self._restarting = self._engine.restarting
         self.last_progress = self._clock()
 
     def _take_inbox(self) -> None:
@@ -230,7 +254,8 @@ class AsyncEngine:
             log.error("a generation could not be taken in", exc_info=failure)
             self._send([(stream, EngineError(f"the generation could not be taken in: {type(failure).__name__}"))])
         else:
-            self._streams[stream.request.id] = stream
+            with self._lock:
+                self._streams[stream.request.id] = stream
 
     def _forget(self, stream: _Stream) -> None:
         if self._streams.get(stream.request.id) is stream:

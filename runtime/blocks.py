@@ -130,6 +130,14 @@ class BlockPool:
             if self._digests[block] is not None:
                 self._forget(block)
 
+    def reset(self) -> None:
+        """The cache is empty: no block is found by content any more. Nobody may hold one."""
+        assert self.num_free == self.num_blocks, "a block is held"
+        self._blank += self._cached
+        self._cached.clear()
+        self._by_digest.clear()
+        self._digests = [None] * self.num_blocks
+
     def _forget(self, block: int) -> None:
         digest = self._digests[block]
         assert digest is not None

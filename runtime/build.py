@@ -63,7 +63,8 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None, launcher
         ConfigError, CheckpointError, MemoryPlanError: refused, with the value, the limit and the knob.
         StartupError: the ranks did not come up.
     """
-    device = _device(config)
+    # Where ranks are started elsewhere, they look for their devices themselves.
+    device = _device(config) if launcher is None else torch.device(config.device)
     if device.type == "cpu":
         # oneDNN keeps a compiled product for each of the last 1024 shapes, some 300 MB of them; a step needs a few.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -72,7 +73,7 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None, launcher
     resolved = config.model_copy(
         update={"device": device.type, "dtype": _dtype(config, spec), "max_model_len": _max_model_len(config, spec)}
     )
-    grid = Grid(config.tensor_parallel_size, config.pipeline_parallel_size)
+    grid = config.grid
     shares = deal(spec, grid, config.pp_layers)
     depth = _num_microbatches(config) + 1 if config.pp_schedule == "ring" else _num_microbatches(config)
     rank_spec = RankSpec.of(resolved, model_path=path, spec=spec, depth=depth)
@@ -113,23 +114,28 @@ def _alone(rank_spec: RankSpec, share: Share) -> tuple[Group, int]:
 def _grid(rank_spec: RankSpec, grid: Grid, launcher: Launcher | None) -> tuple[Group, int]:
     """Ranks in processes of their own, and the KV blocks that all of them have room for."""
     from ..parallel.launcher import ProcessLauncher
-    from ..parallel.rank_group import GroupLimits, RankGroup
-    from ..parallel.wiring import WireSizes
+    from ..parallel.rank_group import RankGroup
+    from ..parallel.rank_start import Program
+    from ..parallel.watch import GroupLimits
+    from ..parallel.wire_plan import WireSizes
 
     config = rank_spec.engine_config()
     try:
         group: RankGroup[StepPlan, StepResult] = RankGroup(
             grid,
-            launcher or ProcessLauncher(),
-            factory="shoal.runtime.rank:start_rank",
-            argument=msgspec.msgpack.encode(rank_spec),
+            launcher=launcher or ProcessLauncher(),
+            program=Program(
+                factory="shoal.runtime.rank:start_rank",
+                argument=msgspec.msgpack.encode(rank_spec),
+                sizes=WireSizes(max_hidden_bytes=config.max_num_batched_tokens * rank_spec.spec.hidden_size * 4),
+                device=config.device,
+                on_progress=lambda line: log.info("%s", line),
+            ),
             encode_plan=encode_plan,
             decode_result=decode_result,
-            sizes=WireSizes(max_hidden_bytes=config.max_num_batched_tokens * rank_spec.spec.hidden_size * 4),
             limits=GroupLimits(start_timeout_s=config.start_timeout_s, step_timeout_s=config.step_timeout_s),
-            depth=rank_spec.depth,
-            on_progress=lambda line: log.info("%s", line),
         )
+        group.depth = rank_spec.depth
     except GroupStartError as error:
         raise _STARTUP_ERRORS.get(error.kind, StartupError)(str(error)) from None
     log.info("%s", describe_grid(group.ranks()))
@@ -175,6 +181,7 @@ def _scheduler(
         max_queued=config.max_queued,
         vocab_size=spec.vocab_size,
         eos_token_ids=frozenset(eos_token_ids),
+        schedule=config.pp_schedule,
         num_microbatches=_num_microbatches(config),
         prefix_caching=config.enable_prefix_caching,
     )

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ..parallel.grid import Grid
+
 
 class EngineConfig(BaseModel):
     """One replica's engine. Field names are the flags' (`--max-model-len`)."""
@@ -50,6 +52,10 @@ class EngineConfig(BaseModel):
     )
     start_timeout_s: float = Field(900.0, gt=0, description="Seconds the ranks may take to load and come up.")
     seed: int | None = Field(None, description="Seeds the seeds of requests that bring none; default: entropy.")
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.tensor_parallel_size, self.pipeline_parallel_size)
 
     @field_validator("pp_layers", mode="before")
     @classmethod

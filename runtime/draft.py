@@ -10,6 +10,14 @@ from .sequence import Sequence
 Row = tuple[Sequence, int]  # whose a slice is, and its epoch when that was planned
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A plan whose result is not back, and whose its slices are, in their order."""
+
+    plan: StepPlan
+    rows: list[Row]
+
+
 @dataclass(slots=True)
 class Draft:
     """Slices of one token and longer ones are kept apart: the former go first, and attention relies on it."""

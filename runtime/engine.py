@@ -1,12 +1,13 @@
-"""One replica's loop, one step a call: plan, submit, collect, update."""
+"""Station 9: one replica's loop, one step a call: plan, submit, collect, update. It outlives its ranks."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
-from ..parallel.group import WorkerGroup
+from ..parallel.group import GroupFailure, GroupStartError, WorkerGroup
 from .errors import EngineDead
 from .generation import FinishReason, GenerationRequest, TokenEvent
 from .grammar import FREE, Constraint
@@ -15,11 +16,18 @@ from .scheduler import Scheduler
 from .sequence import Ending
 from .stats import Stats
 
+log = logging.getLogger(__name__)
+
+GOOD_STEPS = 100  # so many without a failure, and the ones before count no more
+
 
 class Engine:
     """Logs go in, events come out. Not thread-safe: `AsyncEngine` gives it a thread of its own.
 
     Up to `group.depth` plans are in flight, so that with a depth of 2 the host plans while the ranks compute.
+
+    When a rank fails, the step in which that is seen judges whose fault it was (`quarantine.py`), and the next one
+    starts all ranks anew; live logs then go on from their tokens.
     """
 
     def __init__(
@@ -28,13 +36,24 @@ class Engine:
         group: WorkerGroup[StepPlan, StepResult],
         *,
         clock: Callable[[], float] = time.perf_counter,
+        max_restarts: int = 5,
     ) -> None:
-        """`clock` measures the host's share of a step; it decides nothing."""
+        """`clock` measures the host's share of a step; it decides nothing.
+
+        max_restarts: of the ranks in a row. One that ended the request which had caused it is forgotten with the first
+        step that succeeds, any other after `GOOD_STEPS`.
+        """
         self._scheduler = scheduler
         self._group = group
         self._clock = clock
         self._in_flight: deque[StepPlan] = deque()
         self._death: EngineDead | None = None
+        self._failure: GroupFailure | None = None  # of the ranks, which are to start anew
+        self._max_restarts = max_restarts
+        self._num_in_a_row = 0
+        self._good_steps_due = 0  # before the restarts in a row are forgotten
+        self._num_restarts = 0
+        self._rank_failures: Counter[str] = Counter()
         self._num_steps = 0
         self._host_s = 0.0
         self._device_s = 0.0
@@ -63,22 +82,35 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
-        return self._scheduler.has_work
+        return self._failure is not None or self._scheduler.has_work
+
+    @property
+    def restarting(self) -> str | None:
+        """Why the next step starts all ranks anew, in words; None if it does not."""
+        return None if self._failure is None else f"restarting the ranks after: {self._failure}"
 
     def step(self) -> list[TokenEvent]:
-        """Fill the pipeline, wait for its oldest step, and give what came of it.
+        """Fill the pipeline, wait for its oldest step, and give what came of it. After a failure: restart the ranks.
 
         Raises:
-            EngineDead: a rank, or the host's own code, failed. No live log has ended: `end_all` does that.
+            EngineDead: the ranks cannot be restarted, or the host's own code failed. No live log has ended: `end_all`
+                does that.
         """
         self._check_alive()
         try:
-            return self._step()
+            return self._step() if self._failure is None else self._restart(self._failure)
         except Exception as error:
-            self._death = EngineDead(f"the engine has stopped: {type(error).__name__}: {error}")
+            words = str(error) if isinstance(error, GroupStartError) else f"{type(error).__name__}: {error}"
+            self._death = EngineDead(f"the engine has stopped: {words}")
             raise self._death from error
 
     def _step(self) -> list[TokenEvent]:
+        try:
+            return self._turn()
+        except GroupFailure as failure:
+            return self._recover(failure)
+
+    def _turn(self) -> list[TokenEvent]:
         while len(self._in_flight) < self._group.depth:
             began = self._clock()
             plan = self._scheduler.schedule()
@@ -97,11 +129,55 @@ class Engine:
         self._host_s += self._clock() - began
         self._device_s += result.device_s
         self._num_steps += 1
+        if self._good_steps_due:
+            self._good_steps_due -= 1
+            if not self._good_steps_due:
+                self._num_in_a_row = 0
         return events
+
+    def _recover(self, failure: GroupFailure) -> list[TokenEvent]:
+        """Count what was in flight as lost. The restart is the next step's, so that events get out before it."""
+        self._in_flight.clear()
+        self._failure = failure
+        self._rank_failures[failure.cause] += 1
+        verdict = self._scheduler.recover(is_suspect=failure.is_suspect, slots=failure.slots)
+        self._good_steps_due = 1 if verdict.guilty else GOOD_STEPS
+        log.warning(
+            "the ranks failed: %s (rank %s, station %r); %d generations go on, %d of them alone first; %d ended",
+            failure,
+            "unknown" if failure.rank is None else failure.rank,
+            failure.station,
+            self._scheduler.num_waiting,
+            self._scheduler.quarantine.num_suspects,
+            len(verdict.guilty),
+        )
+        return self._scheduler.take_events()
+
+    def _restart(self, failure: GroupFailure) -> list[TokenEvent]:
+        if self._num_in_a_row >= self._max_restarts:
+            raise GroupStartError(f"{self._num_in_a_row} restarts in a row did not help; the last failure: {failure}")
+        self._num_in_a_row += 1
+        try:
+            self._group.restart()
+        except (GroupFailure, GroupStartError) as error:
+            raise GroupStartError(f"{failure}; the ranks did not come back: {error}") from error
+        if self._death is not None:  # closed meanwhile, maybe too early for the new ranks
+            self._group.close()
+        self._failure = None
+        self._num_restarts += 1
+        return self._scheduler.take_events()
 
     def _check_alive(self) -> None:
         if self._death is not None:
             raise EngineDead(str(self._death)) from self._death
+
+    def check(self) -> None:
+        """See, while there is no work, whether the ranks are well: if not, there is work."""
+        if self._failure is None:
+            try:
+                self._group.check()
+            except GroupFailure as failure:
+                self._recover(failure)
 
     def stats(self) -> Stats:
         """How things stand. O(live generations)."""
@@ -117,6 +193,10 @@ class Engine:
             prefix_query_tokens=counters.prefix_query_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
             preemptions=counters.preemptions,
+            restarts=self._num_restarts,
+            rank_failures=dict(self._rank_failures),
+            quarantined=counters.quarantined,
+            poisoned=counters.poisoned,
             finished=dict(counters.finished),
             steps=self._num_steps,
             host_s=self._host_s,

@@ -22,6 +22,7 @@ from ..parallel.linear import (
 from ..parallel.partition import cut_heads, cut_mlp, cut_vocab
 from ..parallel.quant import LinearMethod
 from ..parallel.stage import Embed, Head
+from ..parallel.station import Station
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError
 from .models.decoder import Attention, Block, Decoder, Enter, Heads, Normalise, ParallelBlock, Rotate, SequentialBlock
@@ -49,11 +50,12 @@ def load_decoder(
     max_len: int | None = None,
     comm: Comm | None = None,
     layers: range | None = None,
+    station: Station | None = None,
 ) -> Decoder:
     """One rank's decoder, on the device of `ops`, with progress on standard error.
 
     max_len: positions that will be asked for; default: the model's own. comm: the ranks that share each layer; default:
-    none do. layers: this stage's, by global index; default: all.
+    none do. layers: this stage's, by global index; default: all. station: is told of every layer that is computed.
 
     Raises:
         CheckpointError: a tensor is missing, truncated, or not of the shape that the config implies.
@@ -73,7 +75,14 @@ def load_decoder(
         progress.advance()
     _warn_of_unread(reader, spec, layers)
     return Decoder(
-        spec, layers=layers, blocks=blocks, entry=entry, exit=exit, dtype=dtype, weight_bytes=reader.num_bytes
+        spec,
+        layers=layers,
+        blocks=blocks,
+        entry=entry,
+        exit=exit,
+        dtype=dtype,
+        weight_bytes=reader.num_bytes,
+        station=station,
     )
 
 

@@ -114,7 +114,14 @@ def build_worker(
     checkpoint = open_checkpoint(Path(rank_spec.model_path))
     with torch.inference_mode(), _one_thread():
         decoder = load_decoder(
-            checkpoint, share.spec, ops=ops, dtype=dtype, max_len=max_model_len, comm=comm, layers=share.layers
+            checkpoint,
+            share.spec,
+            ops=ops,
+            dtype=dtype,
+            max_len=max_model_len,
+            comm=comm,
+            layers=share.layers,
+            station=station,
         )
         cache = kv.allocate(
             share, num_blocks=memory.num_blocks, block_size=memory.block_size, dtype=dtype, device=ops.device
@@ -168,7 +175,7 @@ class _RankWorker:
 
 
 def start_rank(
-    argument: bytes, place: Place, comm: Comm, ring: Ring, station: Station, progress: Callable[[str], None]
+    argument: bytes, place: Place, *, comm: Comm, ring: Ring, station: Station, progress: Callable[[str], None]
 ) -> _RankWorker:
     """The worker factory of `parallel.rank_group`: `argument` is a `RankSpec` in msgpack."""
     rank_spec = msgspec.msgpack.decode(argument, type=RankSpec)

@@ -1,17 +1,23 @@
-"""From logits to tokens on the output rank: masks, biases and penalties row by row, then the fused draw.
+"""From logits to tokens on the last stage's ranks: masks, biases and penalties row by row, then the fused draw.
 
 Rows are independent: what one row asks for changes no other row's result. Most rows ask for nothing, so the work
-below the fused `Ops.sample` is a loop over the few that do. The order is vLLM's: grammar mask, logit bias, min_tokens,
-penalties, then temperature, min-p, top-k, top-p and the draw. Log-probabilities are the raw distribution's.
+below the fused `sample` is a loop over the few that do. A rank adjusts the columns of the vocabulary that it holds (V
+here is their number); ranks that share one come to the same tokens (`parallel/vocab.py`). The order is vLLM's: grammar
+mask, logit bias, min_tokens, penalties, then temperature, min-p, top-k, top-p and the draw. Log-probabilities are the
+raw distribution's.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels.ops import Ops
+from ..parallel.comm import Comm, SoloComm
+from ..parallel.partition import cut_vocab, length
+from ..parallel.vocab import VocabOps, vocab_ops
 from .batch import StepBatch
 from .generation import TokenLogprob
 from .plan import Admission, StepPlan
@@ -21,7 +27,10 @@ NEG_INF = float("-inf")
 
 @dataclass(slots=True)
 class _Adjustment:
-    """What one sequence asks for beyond the fused draw; kept while it holds its slot, rebuilt from the log."""
+    """What one sequence asks for beyond the fused draw; kept while it holds its slot, rebuilt from the log.
+
+    Ids count from the first of this rank's.
+    """
 
     bias_ids: Tensor | None = None
     bias: Tensor | None = None
@@ -51,14 +60,17 @@ class Sampled:
     logprobs: list[TokenLogprob | None] | None = None
 
 
-@dataclass(slots=True)
 class Sampler:
-    """Holds per-slot state for the rows that need any."""
+    """Holds per-slot state for the rows that need any. Every rank that holds a part of the vocabulary has one."""
 
-    ops: Ops
-    vocab_size: int
-    _adjustments: dict[int, _Adjustment] = field(default_factory=dict)
-    _num_logprobs: dict[int, int] = field(default_factory=dict)
+    def __init__(self, ops: Ops, vocab_size: int, *, comm: Comm | None = None) -> None:
+        """comm: the ranks that share the vocabulary; default: this one holds it alone."""
+        comm = SoloComm() if comm is None else comm
+        self.ops: VocabOps = vocab_ops(ops, vocab_size=vocab_size, comm=comm)
+        self._device = ops.device
+        self._mine = cut_vocab(vocab_size, shard=comm.shard, size=comm.size)
+        self._adjustments: dict[int, _Adjustment] = {}
+        self._num_logprobs: dict[int, int] = {}
 
     def admit(self, admission: Admission) -> None:
         """Set up a slot from its log, forgetting whoever held it before."""
@@ -76,25 +88,35 @@ class Sampler:
             frequency=params.frequency_penalty,
         )
         if params.logit_bias:
-            adjustment.bias_ids = self._tensor(list(params.logit_bias), torch.int64)
-            adjustment.bias = self._tensor(list(params.logit_bias.values()), torch.float32)
+            mine = self._columns(params.logit_bias)
+            adjustment.bias_ids = self._tensor(mine, torch.int64)
+            biases = [params.logit_bias[self._mine.start + column] for column in mine]
+            adjustment.bias = self._tensor(biases, torch.float32)
         if params.min_tokens and admission.stop_token_ids:
-            adjustment.stop_ids = self._tensor(admission.stop_token_ids, torch.int64)
+            adjustment.stop_ids = self._tensor(self._columns(admission.stop_token_ids), torch.int64)
             adjustment.stop_allowed_from = admission.prompt_len + params.min_tokens
         if penalised:
             self._count(adjustment, admission)
         self._adjustments[slot] = adjustment
 
     def _count(self, adjustment: _Adjustment, admission: Admission) -> None:
-        tokens = self._tensor(admission.tokens, torch.int64)
-        adjustment.seen_V = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.ops.device)
-        adjustment.seen_V[tokens] = True
-        output = tokens[admission.prompt_len :]
-        adjustment.output_counts_V = torch.zeros(self.vocab_size, dtype=torch.float32, device=self.ops.device)
+        width = length(self._mine)
+        adjustment.seen_V = torch.zeros(width, dtype=torch.bool, device=self._device)
+        adjustment.seen_V[self._tensor(self._columns(admission.tokens), torch.int64)] = True
+        output = self._tensor(self._columns(admission.tokens[admission.prompt_len :]), torch.int64)
+        adjustment.output_counts_V = torch.zeros(width, dtype=torch.float32, device=self._device)
         adjustment.output_counts_V.index_add_(0, output, torch.ones_like(output, dtype=torch.float32))
 
+    def _columns(self, ids: Iterable[int]) -> list[int]:
+        """Where those of these ids that are this rank's stand in its logits."""
+        first, stop = self._mine.start, self._mine.stop
+        return [token - first for token in ids if first <= token < stop]
+
     def sample(self, logits_RV: Tensor, batch: StepBatch, plan: StepPlan) -> Sampled:
-        """Draw one token a row; -1 for a row whose logits are not finite. `logits_RV` (float32) is overwritten."""
+        """Draw one token a row; -1 for a row whose logits are not finite.
+
+        logits_RV: this rank's columns, float32; overwritten. The result is the same on every rank that shares them.
+        """
         wants = [self._num_logprobs.get(slot) for slot in batch.slots]
         asked = [row for row, num in enumerate(wants) if num is not None]
         raw = logits_RV[asked] if asked else None
@@ -107,8 +129,9 @@ class Sampler:
             adjustment = self._adjustments.get(slot)
             if adjustment is not None and adjustment.seen_V is not None and token >= 0:
                 assert adjustment.output_counts_V is not None
-                adjustment.seen_V[token] = True
-                adjustment.output_counts_V[token] += 1
+                for column in self._columns([token]):
+                    adjustment.seen_V[column] = True
+                    adjustment.output_counts_V[column] += 1
         if raw is None:
             return Sampled(tokens)
         return Sampled(tokens, self._logprobs(raw, tokens_R[asked], asked, wants))
@@ -126,8 +149,10 @@ class Sampler:
         adjustment.penalise(logits_V)
 
     def _unpack(self, mask: bytes) -> Tensor:
-        bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little", count=self.vocab_size)
-        return torch.from_numpy(bits).to(self.ops.device, torch.bool)
+        first, stop = self._mine.start, self._mine.stop
+        packed = np.frombuffer(mask, np.uint8)[first // 8 : -(-stop // 8)]
+        bits = np.unpackbits(packed, bitorder="little")[first % 8 :][: stop - first]
+        return torch.from_numpy(bits).to(self._device, torch.bool)
 
     def _logprobs(
         self, raw_QV: Tensor, tokens_Q: Tensor, asked: list[int], wants: list[int | None]
@@ -139,11 +164,11 @@ class Sampler:
         return entries
 
     def _tensor(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.ops.device)
+        return torch.tensor(values, dtype=dtype, device=self._device)
 
 
-def token_logprobs(ops: Ops, logits_QV: Tensor, tokens_Q: Tensor, num: int) -> list[TokenLogprob]:
-    """One entry for each (row, token), with the `num` most likely alternatives."""
+def token_logprobs(ops: VocabOps, logits_QV: Tensor, tokens_Q: Tensor, num: int) -> list[TokenLogprob]:
+    """One entry for each (row, token), with the `num` most likely alternatives. logits_QV: this rank's columns."""
     # A failed row's token is -1; its log ends with an error, so what stands here is never seen.
     found = ops.logprobs(logits_QV, tokens_Q.clamp(min=0), num)
     chosen, ranks = found.chosen_R.tolist(), found.rank_R.tolist()

@@ -14,33 +14,22 @@ the very next plan; only results must be told apart, by the sequence's epoch.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from itertools import count
-from operator import attrgetter
 
 from .blocks import BlockNames, BlockPool, tenant_salt
-from .draft import Draft, Row
-from .errors import InvalidRequest, QueueFull, RowFailed
+from .draft import Draft, Flight
+from .errors import InvalidRequest, QueueFull
 from .generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from .grammar import FREE, Constraint
 from .plan import StepPlan, StepResult
 from .policy import Policy
-from .sequence import Ending, Limits, Sequence, check_request
+from .quarantine import Quarantine, Verdict
+from .sequence import Ending, Limits, Sequence, check_request, put_in, take_out
 from .stats import Counters
 
-_by_key = attrgetter("key")
 _NEVER = float("inf")
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A plan whose result is not back: whose its slices are."""
-
-    step: int
-    rows: list[Row]
 
 
 class Scheduler:
@@ -53,6 +42,7 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.counters = Counters()
+        self.quarantine = Quarantine()
         self._policy = policy
         self._clock = clock
         self._secret = secret
@@ -61,8 +51,9 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
         self._num_steps = 0
+        self._fill_began = 0  # the first step since nothing was in flight
         self._next_deadline = _NEVER
         self._events: list[TokenEvent] = []
 
@@ -84,7 +75,7 @@ class Scheduler:
         if ending is None:
             seq.mask = constraint.mask()
         self._live[request.id] = seq
-        insort(self._waiting, seq, key=_by_key)
+        put_in(self._waiting, seq)
         self._next_deadline = min(self._next_deadline, seq.deadline)
         if ending is not None:
             self._end(seq, ending)
@@ -164,14 +155,24 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, counted as done from here on; None if nothing can be planned before a result is back."""
         self._expire()
-        self._make_room()
-        draft = Draft(self._num_steps, self.limits.max_num_batched_tokens)
-        self._plan_rest(draft, self._plan_singles(draft))
+        limits = self.limits
+        if not self._flights:
+            self._fill_began = self._num_steps
+        if limits.schedule == "gpipe" and self._num_steps - self._fill_began >= limits.num_microbatches:
+            return None
+        draft = Draft(self._num_steps, limits.max_num_batched_tokens)
+        suspect = self.quarantine.suspect
+        if suspect is None:
+            self._make_room()
+            self._plan_rest(draft, self._plan_singles(draft))
+        else:
+            self._plan_alone(draft, suspect)
         if not draft.rows:
             return None
         self._num_steps += 1
-        self._flights.append(_Flight(draft.step, draft.rows))
-        return draft.plan()
+        flight = Flight(draft.plan(), draft.rows)
+        self._flights.append(flight)
+        return flight.plan
 
     def _expire(self) -> None:
         now = self._clock()
@@ -197,8 +198,9 @@ class Scheduler:
     def _plan_singles(self, draft: Draft) -> list[Sequence]:
         """Plan running sequences that lack one token; give those that lack more."""
         running, behind = self._running, []
-        # Spread over the micro-batches, or one plan gets all rows and the others wait for it.
-        most = -(-len(running) // self.limits.num_microbatches)
+        # Over any `num_microbatches` plans these add up to all rows, so that no plan goes short and none waits.
+        num_plans = self.limits.num_microbatches
+        most = max(1, (len(running) + num_plans - 1 - self._num_steps % num_plans) // num_plans)
         index = 0
         while index < len(running) and draft.budget:  # _grow takes away sequences behind `index`, no others
             seq = running[index]
@@ -211,6 +213,8 @@ class Scheduler:
         return behind
 
     def _is_ready(self, seq: Sequence) -> bool:
+        if self.limits.schedule == "gpipe":
+            return seq.last_drawn < self._fill_began
         if seq.num_pending == 0:
             return True
         return seq.free and self._num_steps - seq.last_drawn >= self.limits.num_microbatches
@@ -247,6 +251,16 @@ class Scheduler:
                 index += 1
             self._plan(draft, seq, min(seq.num_todo, draft.budget))
 
+    def _plan_alone(self, draft: Draft, seq: Sequence) -> None:
+        """Quarantine: nothing else is in any plan in flight, and nothing of it once it has drawn what clears it."""
+        if seq.slot < 0:
+            if self._flights:
+                return  # of a suspect before it, which has ended
+            admitted = self._admit(draft, seq)
+            assert admitted, "nobody else holds anything, and alone every log fits"
+        if seq.num_todo > 0 and seq.num_pending == 0 and self._grow(draft, seq):
+            self._plan(draft, seq, min(seq.num_todo, draft.budget))
+
     def _plan(self, draft: Draft, seq: Sequence, num_tokens: int) -> None:
         draft.advance(seq, num_tokens)
         # Known tokens may be found at once, even by this step: a layer stores all its keys before it reads any.
@@ -264,7 +278,7 @@ class Scheduler:
     # Into a slot and out of it
 
     def _admit(self, draft: Draft, seq: Sequence) -> bool:
-        """Give the first waiting sequence a slot and blocks for all its tokens, if there are."""
+        """Give a waiting sequence a slot and blocks for all its tokens, if there are."""
         blocks = self._take_blocks(seq) if self._free_slots else None
         if blocks is None:
             return False
@@ -273,8 +287,8 @@ class Scheduler:
         seq.num_published = len(found)
         seq.num_computed = len(found) * self.pool.block_size
         seq.slot = self._free_slots.pop()
-        del self._waiting[0]
-        insort(self._running, seq, key=_by_key)
+        take_out(self._waiting, seq)
+        put_in(self._running, seq)
         if not seq.was_admitted:
             seq.was_admitted = True
             seq.num_cached = min(seq.num_computed, seq.prompt_len)
@@ -306,13 +320,16 @@ class Scheduler:
         return found, pool.allocate(needed)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back into the queue, to be computed again; in front of all that came after it."""
-        self._leave_slot(seq)
-        insort(self._waiting, seq, key=_by_key)
+        self._put_back(seq)
         self.counters.preemptions += 1
 
+    def _put_back(self, seq: Sequence) -> None:
+        """Back into the queue, to be computed again; in front of all that came after it."""
+        self._leave_slot(seq)
+        put_in(self._waiting, seq)
+
     def _leave_slot(self, seq: Sequence) -> None:
-        _take_out(self._running, seq)
+        take_out(self._running, seq)
         self.pool.release(seq.blocks)
         self._free_slots.append(seq.slot)
         seq.leave()
@@ -322,7 +339,7 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Take in the result of the oldest plan in flight; gives every event since the last were taken."""
         flight = self._flights.popleft()
-        assert flight.step == plan.step == result.step, "results come in the order of their plans"
+        assert flight.plan.step == plan.step == result.step, "results come in the order of their plans"
         tokens = iter(result.tokens)
         logprobs = iter(result.logprobs or ())
         for part, (seq, epoch) in zip(plan.slices, flight.rows, strict=True):
@@ -336,6 +353,8 @@ class Scheduler:
                 self._append(seq, token, logprob)
             elif part.start + part.count == seq.limit:
                 self._end(seq, Ending(FinishReason.LENGTH))  # max_tokens is 0: the prompt was all
+        for seq in self.quarantine.release():
+            self._put_back(seq)
         return self.take_events()
 
     def _append(self, seq: Sequence, token: int, logprob: TokenLogprob | None) -> None:
@@ -347,24 +366,11 @@ class Scheduler:
         seq.tokens.append(token)
         self.counters.generation_tokens += 1
         self._publish(seq)
-        ending = seq.ending() if seq.free else self._advance(seq, token)
+        ending = seq.ending() if seq.free else seq.advance(token)
         if ending is None:
             self._events.append(seq.say([token], logprob, None))
         else:
             self._end(seq, ending, token, logprob)
-
-    def _advance(self, seq: Sequence, token: int) -> Ending | None:
-        """Take the token into the constraint, and have the next mask ready."""
-        if token in seq.stop_ids:
-            return seq.ending()
-        try:
-            seq.constraint.advance(token)
-            ending = seq.ending()
-            if ending is None:
-                seq.mask = seq.constraint.mask()
-        except RowFailed as failure:
-            return Ending(FinishReason.ERROR, error=str(failure))
-        return ending
 
     def _end(
         self, seq: Sequence, ending: Ending, token: int | None = None, logprob: TokenLogprob | None = None
@@ -372,12 +378,31 @@ class Scheduler:
         """The log's terminal event, with its last token if this step drew it; the sequence leaves everything."""
         self._events.append(seq.say([] if token is None else [token], logprob, ending))
         del self._live[seq.request.id]
+        self.quarantine.discharge(seq)
         if seq.slot >= 0:
             self._leave_slot(seq)
         else:
-            _take_out(self._waiting, seq)
+            take_out(self._waiting, seq)
         reason = ending.reason.value
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+
+    def recover(self, *, is_suspect: bool, slots: Collection[int] = ()) -> Verdict:
+        """The ranks have failed and start anew with empty caches: all logs but the guilty ones go on from their tokens.
+
+        Plans in flight are lost. is_suspect, slots: see `GroupFailure`.
+        """
+        verdict = self.quarantine.judge(self._flights, is_suspect=is_suspect, slots=slots, live=self._live)
+        self.counters.quarantined += len(verdict.suspects)
+        self.counters.poisoned += len(verdict.guilty)
+        for seq in verdict.guilty:
+            self._end(seq, Ending(FinishReason.ERROR, error="this request made a rank of the engine fail"))
+        self._flights.clear()
+        for seq in list(self._running):
+            self._put_back(seq)
+        for seq in self._waiting:
+            seq.blocks_short_of = 0
+        self.pool.reset()
+        return verdict
 
     def check(self) -> None:
         """Assert every invariant. For tests: O(everything)."""
@@ -390,9 +415,3 @@ class Scheduler:
         assert sorted(slots) == list(range(self.limits.max_num_seqs)), "a slot is lost, or has two holders"
         for seq in self._live.values():
             seq.check(self.pool.block_size)
-
-
-def _take_out(queue: list[Sequence], seq: Sequence) -> None:
-    index = bisect_left(queue, seq.key, key=_by_key)
-    assert queue[index] is seq, "the sequence is not in this queue"
-    del queue[index]

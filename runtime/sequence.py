@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from operator import attrgetter
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .blocks import BlockNames
-from .errors import ContextTooLong, InvalidRequest
+from .errors import ContextTooLong, InvalidRequest, RowFailed
 from .generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from .grammar import FREE
 from .policy import Key
@@ -16,14 +18,16 @@ if TYPE_CHECKING:
     from .grammar import Constraint
 
 NOT_RUNNING = -1
+_by_key = attrgetter("key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What the model and the operator allow. See `EngineConfig` for the knobs.
 
-    num_microbatches: plans a drawn token needs to come back to the first stage (pipeline stages): a row goes into every
-    so many-th plan, and the rows are spread evenly.
+    num_microbatches: rows are spread evenly over so many plans. In the "ring" that is the number of pipeline stages, or
+    the plans a drawn token needs to come back to the first one: a row goes into every so many-th plan, and plans follow
+    each other without end. "gpipe" fills and drains: after so many plans none follows before all of them are back.
     """
 
     max_model_len: int
@@ -33,6 +37,7 @@ class Limits:
     vocab_size: int
     eos_token_ids: frozenset[int] = frozenset()
     num_microbatches: int = 1
+    schedule: Literal["ring", "gpipe"] = "ring"
     prefix_caching: bool = True
 
 
@@ -75,7 +80,7 @@ class Sequence:
     num_computed: int = 0
     num_pending: int = 0
     num_published: int = 0
-    last_drawn: int = 0  # the last step that draws for it
+    last_drawn: int = -1  # the last step that draws for it
     blocks_short_of: int = 0  # no use to look for room before so many blocks are free
     num_cached: int = 0  # prompt tokens that were in the cache at its first admission
     was_admitted: bool = False
@@ -131,6 +136,19 @@ class Sequence:
                 return Ending(FinishReason.LENGTH)
         return None
 
+    def advance(self, token: int) -> Ending | None:
+        """Take the log's last token into the constraint, and have the next mask ready."""
+        if token in self.stop_ids:
+            return self.ending()
+        try:
+            self.constraint.advance(token)
+            ending = self.ending()
+            if ending is None:
+                self.mask = self.constraint.mask()
+        except RowFailed as failure:
+            return Ending(FinishReason.ERROR, error=str(failure))
+        return ending
+
     def say(self, tokens: list[int], logprob: TokenLogprob | None, ending: Ending | None) -> TokenEvent:
         """The event for the last tokens of the log. The first one tells of the prompt as well."""
         start = len(self.tokens) - self.prompt_len - len(tokens)
@@ -160,6 +178,18 @@ class Sequence:
         else:
             assert self.num_computed <= len(self.blocks) * block_size, "computed tokens have no block"
             assert len(self.blocks) * block_size < len(self.tokens) + self.num_pending + block_size, "spare blocks"
+
+
+def put_in(queue: list[Sequence], seq: Sequence) -> None:
+    """Into its place in a queue, which is in the policy's order."""
+    insort(queue, seq, key=_by_key)
+
+
+def take_out(queue: list[Sequence], seq: Sequence) -> None:
+    """Out of the queue it stands in."""
+    index = bisect_left(queue, seq.key, key=_by_key)
+    assert queue[index] is seq, "the sequence is not in this queue"
+    del queue[index]
 
 
 def check_request(request: GenerationRequest, limits: Limits, *, cache_tokens: int) -> int:

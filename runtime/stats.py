@@ -16,6 +16,8 @@ class Counters:
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    quarantined: int = 0
+    poisoned: int = 0
     finished: dict[str, int] = field(default_factory=dict)
 
 
@@ -25,6 +27,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     tokens_owed: the most that live generations may still cost: tokens to compute, prompt and output.
     prefix_query_tokens, prefix_hit_tokens: tokens looked up in the prefix cache, and found there.
     host_s, device_s: seconds spent scheduling and updating, and seconds the ranks reported.
+    restarts: of all ranks. rank_failures: what led to them ("killed", "exception", "hang") -> how often.
+    quarantined, poisoned: generations that ran alone after a failure, and those that ended as its cause.
     """
 
     num_running: int = 0
@@ -38,6 +42,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    restarts: int = 0
+    rank_failures: dict[str, int] = {}
+    quarantined: int = 0
+    poisoned: int = 0
     finished: dict[str, int] = {}
     steps: int = 0
     host_s: float = 0.0

@@ -17,6 +17,7 @@ from ...kernels.ops import AttentionBatch, AttentionSpec, KVLayer, Ops
 from ...parallel.comm import Comm
 from ...parallel.linear import Layer
 from ...parallel.stage import Embed, Head
+from ...parallel.station import Station
 from .spec import ModelSpec
 
 Enter = Callable[[Tensor, Tensor], Tensor]
@@ -139,8 +140,9 @@ class Decoder:
         exit: Head | None,
         dtype: torch.dtype,
         weight_bytes: int = 0,
+        station: Station | None = None,
     ) -> None:
-        """dtype: of activations; the residual stream is float32."""
+        """dtype: of activations; the residual stream is float32. station: is told of every layer."""
         self.spec = spec
         self.layers = layers
         self.weight_bytes = weight_bytes
@@ -148,6 +150,7 @@ class Decoder:
         self._blocks = tuple(blocks)
         self._entry = entry
         self._exit = exit
+        self._station = station or Station()
 
     def forward(
         self,
@@ -169,7 +172,9 @@ class Decoder:
         """This stage's layers. Overwrites its argument and returns it."""
         # Adding nothing spares the first layer a special case.
         delta_TD = torch.zeros_like(residual_TD, dtype=self._dtype)
+        at = self._station.at
         for block, cache in zip(self._blocks, kv, strict=True):
+            at("layer")
             delta_TD = block(delta_TD, residual_TD, step, cache)
         return residual_TD.add_(delta_TD)
 

@@ -8,16 +8,19 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from shoal.cluster.app import IngressActor
 from shoal.cluster.config import load_config
 from shoal.router.backend import ModelInfo
+from shoal.router.line_client import Address
+from shoal.router.replica import Parts, Replica
+from shoal.runtime.stats import Stats
 
 from ..tiny import EOS, byte_tokenizer
 
 INFO = ModelInfo(model="tiny", max_model_len=512, vocab_size=260, eos_token_ids=[EOS])
+SECRET = b"s" * 32
 HI = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -45,24 +48,45 @@ class Client:
 
 
 class LateHandle:
-    """A DeploymentHandle whose replica is there once `loaded` is set."""
+    """A DeploymentHandle whose replica, on a line of its own, is there once `loaded` is set."""
 
-    loaded = False
+    def __init__(self) -> None:
+        self.loaded = False
+        self._replica = Replica(lambda: Parts(IdleEngine(), NoGrammars(), INFO), SECRET)
 
-    def options(self, *, stream: bool) -> LateHandle:
+    def broadcast(self, method: str) -> LateHandle:
+        assert method == "address"
         return self
 
-    def __getattr__(self, method: str) -> Any:
-        answers = {"info": msgspec.msgpack.encode(INFO), "ready": None}
+    async def results_async(self, **options: Any) -> list[Address]:
+        if not self.loaded:
+            raise ConnectionError
+        return [await self._replica.listen("r1", "127.0.0.1")]
 
-        class Method:
-            @staticmethod
-            async def remote() -> Any:
-                if not self.loaded:
-                    raise ConnectionError
-                return answers[method]
+    async def end(self) -> None:
+        await self._replica.shutdown()
 
-        return Method
+
+class IdleEngine:
+    healthy = ready = True
+
+    def generate(self, request: Any, constraint: Any = None) -> Any:
+        raise NotImplementedError
+
+    def stats(self) -> Stats:
+        return Stats()
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoGrammars:
+    async def acheck(self, spec: Any) -> None: ...
+
+    def constraint(self, spec: Any, tokens: Any = None) -> Any: ...
+
+    def close(self) -> None: ...
 
 
 @pytest.fixture
@@ -81,8 +105,9 @@ def with_client(
         config = load_config({("engine", "model"): str(model), ("router", "served_model_name"): ["tiny"]})
         handle = LateHandle()
         actor = IngressActor.__new__(IngressActor)
-        await actor.__init__(handle, config, Path("nowhere/board"), **options)  # type: ignore[misc]
+        await actor.__init__(handle, config, Path("nowhere/board"), secret=SECRET, **options)  # type: ignore[misc]
         await scenario(actor, handle, Client(actor.__serve_build_asgi_app__()))
+        await handle.end()
 
     asyncio.run(asyncio.wait_for(run(), timeout=30))
 
@@ -109,7 +134,7 @@ def test_answers_while_the_replica_loads_and_then_serves(model: Path) -> None:
 
 
 def test_an_ingress_that_cannot_open_says_so_to_serve(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.router.replica.HandleBackend.info", lambda self: 1 / 0)
+    monkeypatch.setattr("shoal.router.line_client.LineBackend.info", lambda self: 1 / 0)
 
     async def scenario(actor: IngressActor, handle: LateHandle, client: Client) -> None:
         await asyncio.sleep(0)

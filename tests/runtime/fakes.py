@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
+from shoal.parallel.group import GroupFailure, GroupStartError, RankInfo
 from shoal.runtime.errors import RowFailed
-from shoal.runtime.generation import FinishReason, GenerationRequest, TokenLogprob
+from shoal.runtime.generation import FinishReason, GenerationRequest, SamplingParams, TokenLogprob
 from shoal.runtime.grammar import FREE, Constraint
 from shoal.runtime.plan import Admission, Slice, StepPlan, StepResult
 from shoal.runtime.sequence import Limits
@@ -45,6 +46,20 @@ def draw(chain: int, *, seed: int, vocab: int, allows: Callable[[int], bool]) ->
 
 def logprob_of(chain: int) -> TokenLogprob:
     return TokenLogprob(-(chain % 1000) / 100, 1, [])
+
+
+def trap_of(params: SamplingParams) -> int | None:
+    """The position at which a log kills the rank that computes it. Tests write it where nothing else reads it."""
+    position = params.logit_bias.get(POISON)
+    return None if position is None else int(position)
+
+
+class Trapped(Exception):
+    """A rank has computed a position that kills it, in this slot."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__("a trap")
+        self.slot = slot
 
 
 def bit(mask: bytes, token: int) -> bool:
@@ -85,6 +100,11 @@ class FakeWorker:
         self.tags: dict[tuple[int, int], tuple[Hashable, int]] = {}  # (block, offset) -> (owner, chain)
         self.num_drawn = 0
 
+    def restart(self) -> None:
+        """A new process: it knows nothing."""
+        self.rows.clear()
+        self.tags.clear()
+
     def execute(self, plan: StepPlan) -> StepResult:
         for admission in plan.admissions:
             row = self.rows[admission.slot] = Row(admission, self.owner_of(admission))
@@ -92,6 +112,10 @@ class FakeWorker:
                 row.append(token)
         for slot, blocks in plan.blocks:
             self.rows[slot].table += blocks
+        for part in plan.slices:
+            trap = trap_of(self.rows[part.slot].admission.params)
+            if trap is not None and part.start <= trap < part.start + part.count:
+                raise Trapped(part.slot)
         if self.reads:  # a layer stores all its keys and values before it reads any
             for part in plan.slices:
                 self._write(part)
@@ -188,7 +212,7 @@ class Outcome:
 
 
 def isolated(request: GenerationRequest, constraint: Constraint = FREE, *, limits: Limits) -> Outcome:
-    """The log run alone, from what it has to its end (deadlines and aborts left out)."""
+    """The log run alone, from what it has to its end (deadlines, aborts and traps left out)."""
     params = request.params
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else limits.eos_token_ids)
     row = Row(Admission(0, [], 0, params, 0, []), None)
@@ -241,7 +265,11 @@ class Clock:
 
 
 class FakeGroup:
-    """A `WorkerGroup` around one fake rank. Holds results back while `gate` is shut, and for `step_s` in any case."""
+    """A `WorkerGroup` around one fake rank. Holds results back while `gate` is shut, and for `step_s` in any case.
+
+    It ends with a `GroupFailure` when `fail` says so or a log's trap goes off (which names the row if `names_rows`),
+    and with an error that is no such failure at step `breaks_at`. A restart waits for `restart_gate`.
+    """
 
     def __init__(
         self, worker: FakeWorker, *, depth: int = 1, step_s: float = 0.0, breaks_at: int | None = None
@@ -250,25 +278,106 @@ class FakeGroup:
         self.worker = worker
         self.step_s = step_s
         self.breaks_at = breaks_at
+        self.names_rows = False
+        self.start_error: GroupStartError | GroupFailure | None = None
         self.gate = threading.Event()
         self.gate.set()
+        self.restart_gate = threading.Event()
+        self.restart_gate.set()
         self.closed = False
         self.num_collected = 0
-        self._results: deque[StepResult] = deque()
+        self.num_restarts = 0
+        self._failure: GroupFailure | None = None
+        self._trap = 0  # the slot of the row that killed the rank
+        self._results: deque[StepResult | None] = deque()  # None: the rank died in that step
+
+    def fail(self, *, is_suspect: bool = False, slots: tuple[int, ...] = ()) -> None:
+        """The rank dies; the next call sees it."""
+        text = "rank 0 (stage 0, shard 0) " + ("raised ValueError" if is_suspect else "was killed")
+        self._failure = GroupFailure(text, rank=0, station="step", cause="exception" if is_suspect else "killed", slots=slots)
 
     def submit(self, plan: StepPlan) -> None:
         assert len(self._results) < self.depth, "more plans in flight than the group's depth"
-        self._results.append(self.worker.execute(plan))
+        if None in self._results:
+            self._results.append(None)
+            return
+        self._raise_failure()
+        try:
+            self._results.append(self.worker.execute(plan))
+        except Trapped as trap:
+            self._results.append(None)
+            self._trap = trap.slot
 
     def collect(self) -> StepResult:
         time.sleep(self.step_s)
         self.gate.wait()
+        self._raise_failure()
         result = self._results.popleft()
+        if result is None:
+            self.fail(is_suspect=True, slots=(self._trap,) if self.names_rows else ())
+            self._raise_failure()
+        assert result is not None
         self.num_collected += 1
         if result.step == self.breaks_at:
             raise RuntimeError("rank 0 is gone")
         return result
 
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def check(self) -> None:
+        self._raise_failure()
+
+    def restart(self) -> None:
+        assert self._failure is not None, "a restart of ranks that live"
+        self.restart_gate.wait()
+        if self.start_error is not None:
+            raise self.start_error
+        self._failure = None
+        self._results.clear()
+        self.worker.restart()
+        self.closed = False
+        self.num_restarts += 1
+
+    def ranks(self) -> list[RankInfo]:
+        return [RankInfo(rank=0, stage=0, shard=0)]
+
     def close(self) -> None:
         self.closed = True
         self.gate.set()
+        self.restart_gate.set()
+
+
+class FakePipeline(FakeGroup):
+    """Several stages on a virtual clock: every stage takes one tick a plan, the host none.
+
+    now: ticks, as the host sees them. idle: for each stage, ticks it had nothing to do since its first plan.
+    """
+
+    def __init__(self, worker: FakeWorker, *, num_stages: int) -> None:
+        super().__init__(worker, depth=num_stages + 1)
+        self.now = 0
+        self.idle = [0] * num_stages
+        self.num_plans = 0
+        self._ends: list[int | None] = [None] * num_stages  # of the last plan, for each stage
+        self._tokens: dict[int, int] = {}  # slot -> when its last drawn token is back at the first stage
+        self._done: deque[int] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        super().submit(plan)
+        admitted = {admission.slot for admission in plan.admissions}
+        at = max([self.now, *(self._tokens.get(part.slot, 0) for part in plan.slices if part.slot not in admitted)])
+        for stage, free in enumerate(self._ends):
+            if free is not None:
+                self.idle[stage] += max(0, at - free)
+                at = max(at, free)
+            at += 1
+            self._ends[stage] = at
+        self._tokens.update((part.slot, at) for part in plan.slices if part.samples)
+        self._done.append(at)
+        self.num_plans += 1
+
+    def collect(self) -> StepResult:
+        self.now = max(self.now, self._done.popleft())
+        return super().collect()

@@ -47,6 +47,7 @@ def engine_over(model: Path, grid: Grid, *, num_blocks: int = 64, **changes: Any
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_queued=100,
         vocab_size=spec.vocab_size,
+        schedule=config.pp_schedule,
         num_microbatches=m,
         prefix_caching=config.enable_prefix_caching,
     )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
 from shoal.runtime.blocks import BlockPool
 from shoal.runtime.generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from shoal.runtime.grammar import FREE
-from shoal.runtime.plan import Admission, StepPlan, StepResult
+from shoal.runtime.plan import Admission, Slice, StepPlan, StepResult
 from shoal.runtime.policy import FirstCome, Policy
 from shoal.runtime.scheduler import Scheduler
 from shoal.runtime.sequence import Limits
 
-from .fakes import Clock, FakeWorker, Row, Stepwise, isolated, logprob_of, tenant_in_seed
+from .fakes import Clock, FakeWorker, Row, Stepwise, Trapped, isolated, logprob_of, tenant_in_seed
 
 
 @dataclass(slots=True)
@@ -59,6 +59,74 @@ class Log:
         return self.last is not None and self.last.finish_reason is not None
 
 
+class Jury:
+    """Says by itself who is a suspect and who is guilty; `Harness.fail` holds the scheduler to it.
+
+    names_rows, sees_at_once: the rank's manner when a trap goes off: whether it names the row, and whether its death is
+    seen by the next call or only when the plan's result is due.
+    """
+
+    def __init__(self, harness: Harness) -> None:
+        self.harness = harness
+        self.names_rows = False
+        self.sees_at_once = False
+        self.trap: int | None = None  # the slot of the row that has killed the rank
+        self.guilty: set[str] = set()
+        self.num_traps: Counter[str] = Counter()  # how often a log has killed the rank
+        self._places: dict[str, int] = {}  # suspect -> the tokens it must have to be past its place
+
+    @property
+    def suspects(self) -> set[str]:
+        logs = self.harness.logs
+        self._places = {
+            name: place
+            for name, place in self._places.items()
+            if not logs[name].ended and len(logs[name].request.prompt) + len(logs[name].tokens) < place
+        }
+        return set(self._places)
+
+    def _in_flight(self) -> list[tuple[Slice, str]]:
+        flights = self.harness.scheduler._flights
+        return [
+            (part, seq.request.id)
+            for flight in flights
+            for part, (seq, _) in zip(flight.plan.slices, flight.rows, strict=True)
+        ]
+
+    def check_alone(self) -> None:
+        """Whoever is under suspicion runs alone, and all others wait."""
+        names = {name for _, name in self._in_flight()}
+        assert not self.suspects or (len(names) == 1 and names <= self.suspects), "a suspect is not alone"
+
+    def count_trap(self, index: int) -> tuple[int, ...]:
+        """A trap has gone off in that plan in flight: the slots that the rank names."""
+        assert self.trap is not None
+        flight = self.harness.scheduler._flights[index]
+        (row,) = (row for part, row in zip(flight.plan.slices, flight.rows, strict=True) if part.slot == self.trap)
+        name = row[0].request.id
+        self.num_traps[name] += 1
+        assert self.num_traps[name] <= 2, "a poison cost more than two restarts"
+        return (self.trap,) if self.names_rows else ()
+
+    def blame(self, *, is_suspect: bool, slots: tuple[int, ...]) -> set[str]:
+        """Who must end with this failure."""
+        parts, self.trap = self._in_flight(), None
+        named = {name for part, name in parts if part.slot in slots}
+        if slots and len(named) == 1:
+            blamed = named
+        elif is_suspect and self.suspects:
+            blamed = {name for _, name in parts}
+        else:
+            blamed = set()
+            for part, name in parts if is_suspect else ():
+                if not self.harness.logs[name].ended and (not named or name in named):
+                    log = self.harness.logs[name]
+                    place = max(part.start + part.count + part.samples, len(log.request.prompt) + len(log.tokens) + 1)
+                    self._places[name] = max(place, self._places.get(name, 0))
+        self.guilty |= blamed
+        return blamed
+
+
 class Harness:
     """A scheduler, a fake rank and the plans in flight between them; asserts what any observer could."""
 
@@ -72,8 +140,10 @@ class Harness:
         self.policy = policy or FirstCome()
         self.scheduler = Scheduler(limits, pool=self.pool, policy=self.policy, clock=self.clock, secret=b"secret")
         self.worker = FakeWorker(block_size=block_size, vocab=limits.vocab_size, owner_of=tenant_in_seed)
-        self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+        self.in_flight: deque[tuple[StepPlan, StepResult | None]] = deque()  # None: the rank was dead by then
         self.logs: dict[str, Log] = {}
+        self.fill = 0  # plans since nothing was in flight
+        self.jury = Jury(self)
 
     def add(self, request: GenerationRequest, constraint: Stepwise | None = None) -> None:
         """Raises what the scheduler raises."""
@@ -97,12 +167,42 @@ class Harness:
         if plan is None:
             return None
         self._check_plan(plan)
-        self.in_flight.append((plan, self.worker.execute(plan)))
+        self.in_flight.append((plan, None if self.jury.trap is not None else self._execute(plan)))
+        if self.jury.trap is not None and self.jury.sees_at_once:
+            self._spring()
         return plan
 
+    def _execute(self, plan: StepPlan) -> StepResult | None:
+        try:
+            return self.worker.execute(plan)
+        except Trapped as trap:
+            self.jury.trap = trap.slot
+            return None
+
     def collect(self) -> None:
-        """Let the oldest result come back."""
-        self._take(self.scheduler.update(*self.in_flight.popleft()))
+        """Let the oldest result come back, or the news that the rank has died."""
+        plan, result = self.in_flight[0]
+        if result is None:
+            self._spring()
+            return
+        self.in_flight.popleft()
+        self._take(self.scheduler.update(plan, result))
+
+    def _spring(self) -> None:
+        dead = next(index for index, (_, result) in enumerate(self.in_flight) if result is None)
+        self.fail(is_suspect=True, slots=self.jury.count_trap(dead))
+
+    def fail(self, *, is_suspect: bool, slots: tuple[int, ...] = ()) -> None:
+        """The rank dies with all it knows, and a new one takes its place."""
+        blamed = self.jury.blame(is_suspect=is_suspect, slots=slots)
+        live = {name for name, log in self.logs.items() if not log.ended}
+        self.in_flight.clear()
+        self.worker.restart()
+        self.scheduler.recover(is_suspect=is_suspect, slots=slots)
+        self._take(self.scheduler.take_events())
+        ended = {name for name in live if self.logs[name].ended}
+        assert ended == blamed & live, "the wrong ones were found guilty"
+        assert self.pool.num_free == self.pool.num_blocks, "blocks are held over a restart"
 
     def step(self) -> StepPlan | None:
         """What an engine does in a step; gives the last plan it made."""
@@ -130,6 +230,9 @@ class Harness:
 
     def _check_plan(self, plan: StepPlan) -> None:
         limits = self.limits
+        self.fill = self.fill + 1 if self.in_flight else 1
+        assert limits.schedule == "ring" or self.fill <= limits.num_microbatches, "a plan came before the drain's end"
+        self.jury.check_alone()
         slots = [part.slot for part in plan.slices]
         assert 0 < plan.num_tokens <= limits.max_num_batched_tokens, "the token budget is exceeded"
         assert len(set(slots)) == len(slots), "a sequence has two slices"
@@ -146,16 +249,19 @@ class Harness:
 
     def _waits_for(self, plan: StepPlan) -> set[int]:
         recent = list(self.in_flight)[-(self.limits.num_microbatches - 1) :]
-        drawn = {part.slot for other, _ in recent for part in other.slices if part.samples}
-        admitted = {admission.slot for admission in plan.admissions}
-        return (drawn - admitted) & {part.slot for part in plan.slices}
+        drawn: set[int] = set()
+        for other in [*(other for other, _ in recent), plan]:
+            drawn -= {admission.slot for admission in other.admissions}  # of whoever had the slot before
+            waits = drawn & {part.slot for part in other.slices}
+            drawn |= {part.slot for part in other.slices if part.samples}
+        return waits
 
     def check(self) -> None:
         """What holds between any two calls."""
         self.scheduler.check()
         assert self.scheduler.num_running <= self.limits.max_num_seqs
         live = {log.request.id for log in self.logs.values() if not log.ended}
-        if isinstance(self.policy, FirstCome):
+        if isinstance(self.policy, FirstCome) and not self.jury.suspects:
             arrivals = {request_id: number for number, request_id in enumerate(self.logs)}
             running = [arrivals[seq.request.id] for seq in self.scheduler._running]
             waiting = [arrivals[seq.request.id] for seq in self.scheduler._waiting]
@@ -174,6 +280,9 @@ class Harness:
         reason = log.last.finish_reason
         if reason in (FinishReason.ABORT, FinishReason.TIMEOUT):
             assert log.tokens == wanted.tokens[: len(log.tokens)], "a cut-off log says something else"
+        elif log.request.id in self.jury.guilty:
+            assert log.tokens == wanted.tokens[: len(log.tokens)], "a guilty log says something else"
+            assert (reason, log.last.error) == (FinishReason.ERROR, "this request made a rank of the engine fail")
         else:
             assert (log.tokens, reason) == (wanted.tokens, wanted.reason), "not what the log says alone"
             assert log.last.stop_reason == wanted.stop_reason

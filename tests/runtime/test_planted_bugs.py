@@ -12,13 +12,15 @@ from hypothesis.stateful import run_state_machine_as_test
 from shoal.runtime import scheduler as scheduler_module
 from shoal.runtime.blocks import BlockNames, BlockPool
 from shoal.runtime.draft import Draft
+from shoal.runtime.quarantine import Quarantine, Verdict
 from shoal.runtime.scheduler import Scheduler
 from shoal.runtime.sequence import Sequence
 
-from .test_scheduler_machine import SchedulerMachine
+from .test_scheduler_machine import RecoveryMachine, SchedulerMachine
 
 Patch = pytest.MonkeyPatch
 BUGS: list[Callable[[Patch], None]] = []
+RECOVERY_BUGS: list[Callable[[Patch], None]] = []
 
 
 def bug(plant: Callable[[Patch], None]) -> Callable[[Patch], None]:
@@ -26,10 +28,15 @@ def bug(plant: Callable[[Patch], None]) -> Callable[[Patch], None]:
     return plant
 
 
+def recovery_bug(plant: Callable[[Patch], None]) -> Callable[[Patch], None]:
+    RECOVERY_BUGS.append(plant)
+    return plant
+
+
 def around(patch: Patch, cls: type, name: str, wrapper: Callable[..., object]) -> None:
     """Replace a method by `wrapper(original, self, *args)`."""
     original = getattr(cls, name)
-    patch.setattr(cls, name, lambda self, *args: wrapper(original, self, *args))
+    patch.setattr(cls, name, lambda self, *args, **kwargs: wrapper(original, self, *args, **kwargs))
 
 
 # Names of blocks
@@ -270,17 +277,144 @@ def the_head_of_the_queue_is_passed_by(patch: Patch) -> None:
     around(patch, Scheduler, "_plan_rest", rest)
 
 
+# Recovery
+
+
+@recovery_bug
+def names_outlive_the_cache(patch: Patch) -> None:
+    patch.setattr(BlockPool, "reset", lambda self: None)
+
+
+@recovery_bug
+def computed_tokens_outlive_the_cache(patch: Patch) -> None:
+    def leave(original, self):  # type: ignore[no-untyped-def]
+        computed = self.num_computed
+        original(self)
+        self.num_computed = computed
+
+    around(patch, Sequence, "leave", leave)
+
+
+@recovery_bug
+def lost_plans_stay_in_flight(patch: Patch) -> None:
+    def recover(original, self, *, is_suspect, slots=()):  # type: ignore[no-untyped-def]
+        flights = list(self._flights)
+        verdict = original(self, is_suspect=is_suspect, slots=slots)
+        self._flights.extend(flights)
+        return verdict
+
+    around(patch, Scheduler, "recover", recover)
+
+
+@recovery_bug
+def lost_tokens_stay_pending(patch: Patch) -> None:
+    def leave(original, self):  # type: ignore[no-untyped-def]
+        pending = self.num_pending
+        original(self)
+        self.num_pending = pending
+
+    around(patch, Sequence, "leave", leave)
+
+
+@recovery_bug
+def a_restart_drops_what_was_said(patch: Patch) -> None:
+    def put_back(original, self, seq):  # type: ignore[no-untyped-def]
+        del seq.tokens[seq.prompt_len :]
+        original(self, seq)
+
+    around(patch, Scheduler, "_put_back", put_back)
+
+
+@recovery_bug
+def a_plain_kill_makes_suspects(patch: Patch) -> None:
+    def judge(original, self, flights, *, is_suspect, **rest):  # type: ignore[no-untyped-def]
+        return original(self, flights, is_suspect=True, **rest)
+
+    around(patch, Quarantine, "judge", judge)
+
+
+@recovery_bug
+def nobody_is_ever_a_suspect(patch: Patch) -> None:
+    def judge(original, self, flights, *, is_suspect, **rest):  # type: ignore[no-untyped-def]
+        return original(self, flights, is_suspect=False, **rest)
+
+    around(patch, Quarantine, "judge", judge)
+
+
+@recovery_bug
+def all_suspects_are_guilty(patch: Patch) -> None:
+    def judge(original, self, flights, **rest):  # type: ignore[no-untyped-def]
+        guilty, suspects = original(self, flights, **rest)
+        return Verdict([*guilty, *suspects], [])
+
+    around(patch, Quarantine, "judge", judge)
+
+
+@recovery_bug
+def rows_that_are_named_are_not_heard(patch: Patch) -> None:
+    def judge(original, self, flights, *, slots, **rest):  # type: ignore[no-untyped-def]
+        return original(self, flights, slots=(), **rest)
+
+    around(patch, Quarantine, "judge", judge)
+
+
+@recovery_bug
+def a_suspect_is_cleared_after_one_token(patch: Patch) -> None:
+    def judge(original, self, flights, **rest):  # type: ignore[no-untyped-def]
+        verdict = original(self, flights, **rest)
+        self._places.update((seq, len(seq.tokens) + 1) for seq in verdict.suspects)
+        return verdict
+
+    around(patch, Quarantine, "judge", judge)
+
+
+@recovery_bug
+def a_suspect_is_cleared_at_once(patch: Patch) -> None:
+    def release(original, self):  # type: ignore[no-untyped-def]
+        return [self._places.popitem()[0]] if self.suspect and self.suspect.slot >= 0 else []
+
+    around(patch, Quarantine, "release", release)
+
+
+@recovery_bug
+def a_cleared_suspect_keeps_its_blocks(patch: Patch) -> None:
+    def release(original, self):  # type: ignore[no-untyped-def]
+        original(self)
+        return []
+
+    around(patch, Quarantine, "release", release)
+
+
+@recovery_bug
+def an_ended_suspect_stays_in_quarantine(patch: Patch) -> None:
+    patch.setattr(Quarantine, "discharge", lambda self, seq: None)
+
+
+def hunt(machine: type[SchedulerMachine]) -> None:
+    """Raises what the machine notices, if it does."""
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=4000,  # hypothesis biases what it draws by the modules that are loaded: one may need luck
+            stateful_step_count=30,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
 @pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__)
 def test_the_machine_notices(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     plant(monkeypatch)
-    hunt = settings(
-        max_examples=4000,  # hypothesis biases what it draws by the modules that are loaded: one may need luck
-        stateful_step_count=30,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
     with pytest.raises((Exception, ExceptionGroup)):
-        run_state_machine_as_test(SchedulerMachine, settings=hunt)
+        hunt(SchedulerMachine)
+
+
+@pytest.mark.parametrize("plant", RECOVERY_BUGS, ids=lambda plant: plant.__name__)
+def test_the_machine_that_fails_notices(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    plant(monkeypatch)
+    with pytest.raises((Exception, ExceptionGroup)):
+        hunt(RecoveryMachine)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from shoal.runtime.blocks import BlockPool
+from shoal.runtime.engine import Engine
 from shoal.runtime.errors import ContextTooLong, InvalidRequest, QueueFull
 from shoal.runtime.generation import FinishReason, GenerationRequest, SamplingParams
 from shoal.runtime.plan import StepPlan
-from shoal.runtime.policy import Priority
+from shoal.runtime.policy import FirstCome, Priority
+from shoal.runtime.scheduler import Scheduler
 from shoal.runtime.sequence import Ending, Limits
 
-from .fakes import EOS, POISON, VOCAB, Stepwise
+from .fakes import EOS, POISON, VOCAB, FakePipeline, FakeWorker, Stepwise
 from .harness import Harness
 
 
@@ -365,6 +368,91 @@ def test_rows_are_spread_over_the_micro_batches() -> None:
         test.step()
     sizes = [len(plan.slices) for plan, _ in test.in_flight]
     assert sizes == [2, 2]
+    finish(test)
+
+
+def pipeline(num_stages: int, *, num_rows: int, num_prompt: int = 6, **changes: object) -> tuple[Engine, FakePipeline]:
+    fields = {"num_microbatches": num_stages, "max_num_seqs": 32, **changes}
+    scheduler = Scheduler(
+        limits(max_model_len=1000, **fields),
+        pool=BlockPool(5000, block_size=4),
+        policy=FirstCome(),
+        clock=lambda: 0.0,
+        secret=b"",
+    )
+    group = FakePipeline(FakeWorker(block_size=4, reads=False), num_stages=num_stages)
+    engine = Engine(scheduler, group)
+    for i in range(num_rows):
+        engine.add(request(f"{i}", prompt(num_prompt, first=3 + i % 20), max_tokens=300, seed=i))
+    return engine, group
+
+
+def idle_in(engine: Engine, group: FakePipeline, *, num_steps: int) -> list[int]:
+    """Ticks without work, for each stage, in the next steps."""
+    before = list(group.idle)
+    for _ in range(num_steps):
+        engine.step()
+    return [after - start for after, start in zip(group.idle, before, strict=True)]
+
+
+@pytest.mark.parametrize(("num_stages", "num_rows"), [(p, n) for p in (1, 2, 3, 4) for n in range(p, 10)])
+def test_every_stage_has_work_in_every_step(num_stages: int, num_rows: int) -> None:
+    engine, group = pipeline(num_stages, num_rows=num_rows)
+    idle_in(engine, group, num_steps=5 * num_stages)
+    assert idle_in(engine, group, num_steps=40) == [0] * num_stages
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_the_pipeline_stays_full_when_rows_come_and_go(num_stages: int) -> None:
+    engine, group = pipeline(num_stages, num_rows=9)
+    idle_in(engine, group, num_steps=20)
+    for i in (0, 1, 4, 7):
+        engine.abort(f"{i}")
+        idle_in(engine, group, num_steps=2 * num_stages)
+        assert idle_in(engine, group, num_steps=20) == [0] * num_stages, "rows left"
+    engine.add(request("new", prompt(6), max_tokens=200))
+    idle_in(engine, group, num_steps=2 * num_stages)
+    assert idle_in(engine, group, num_steps=20) == [0] * num_stages, "rows came"
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+def test_a_row_alone_goes_round_without_a_pause(num_stages: int) -> None:
+    engine, group = pipeline(num_stages, num_rows=1)
+    idle_in(engine, group, num_steps=5)
+    began = group.now
+    idle_in(engine, group, num_steps=20)
+    assert group.now - began == 20 * num_stages
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_chunks_of_one_prompt_follow_each_other(num_stages: int) -> None:
+    engine, group = pipeline(num_stages, num_rows=1, num_prompt=640, max_num_batched_tokens=16)
+    assert idle_in(engine, group, num_steps=30) == [0] * num_stages
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(2, 2), (2, 4), (3, 3), (3, 8), (4, 2)])
+def test_gpipe_fills_and_drains(num_stages: int, num_microbatches: int) -> None:
+    m, rounds = num_microbatches, 5
+    engine, group = pipeline(num_stages, num_rows=11, schedule="gpipe", num_microbatches=m)
+    idle_in(engine, group, num_steps=1)  # all prompts at once: a fill of one plan
+    began = group.now
+    idle_in(engine, group, num_steps=m * rounds)
+    assert group.now - began == rounds * (m + num_stages - 1), "the bubble is (p - 1) of m + p - 1 ticks"
+
+
+def test_gpipe_spreads_its_rows() -> None:
+    test = harness(depth=4, num_microbatches=3, schedule="gpipe")
+    for i in range(8):
+        test.add(request(f"{i}", prompt(6, first=3 + i), max_tokens=30))
+    test.step()
+    sizes = []
+    for _ in range(6):
+        plan = test.submit()
+        while plan is not None:
+            sizes.append(len(plan.slices))
+            plan = test.submit()
+        test.collect()
+    assert [sorted(sizes[:3]), sorted(sizes[3:])] == [[2, 3, 3]] * 2
     finish(test)
 
 

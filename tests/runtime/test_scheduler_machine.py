@@ -83,6 +83,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         microbatches=st.integers(1, 2),
         policy=st.sampled_from([FirstCome(), Priority()]),
         caching=st.sampled_from([True, True, True, False]),
+        schedule=st.sampled_from(["ring", "ring", "gpipe"]),
     )
     def start(self, num_blocks: int, block_size: int, depth: int, microbatches: int, **rest: object) -> None:
         limits = Limits(
@@ -92,7 +93,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_queued=6,
             vocab_size=VOCAB,
             eos_token_ids=frozenset([EOS]),
-            num_microbatches=min(microbatches, depth),
+            num_microbatches=min(microbatches, depth) if rest["schedule"] == "ring" else 2 * microbatches,
+            schedule=rest["schedule"],
             prefix_caching=rest["caching"],
         )
         self.num_added = 0
@@ -159,7 +161,39 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.harness.check_at_rest()
 
 
+class RecoveryMachine(SchedulerMachine):
+    """The ranks die as well: killed, by some fault, or by a log that is poison to them."""
+
+    @rule(request=requests(), constraint=constraints, at=st.integers(-2, 5), copies=st.integers(0, 2))
+    def add_poison(self, request: GenerationRequest, constraint: Stepwise | None, at: int, copies: int) -> None:
+        """Among others like it, so that there is company. `at` counts from the prompt's end."""
+        poison = replace(request.params, logit_bias={POISON: float(max(0, len(request.prompt) + at))})
+        for params in [*[request.params] * copies, poison]:
+            self._add(replace(request, params=params, seed=request.seed + self.num_added), constraint)
+
+    @rule()
+    def kill(self) -> None:
+        self.harness.fail(is_suspect=False)
+
+    @rule()
+    @precondition(lambda self: self.harness.in_flight)
+    def fault(self) -> None:
+        self.harness.fail(is_suspect=True)
+
+    @rule()
+    @precondition(lambda self: self.harness.in_flight and self.harness.jury.suspects)
+    def abort_whoever_is_alone(self) -> None:
+        self.harness.abort(self.harness.scheduler._flights[-1].rows[0][0].request.id)
+
+    @rule(names_rows=st.booleans(), sees_at_once=st.booleans())
+    def change_the_rank(self, names_rows: bool, sees_at_once: bool) -> None:
+        self.harness.jury.names_rows, self.harness.jury.sees_at_once = names_rows, sees_at_once
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
     max_examples=200, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+TestRecovery = RecoveryMachine.TestCase
+TestRecovery.settings = TestScheduler.settings

@@ -1,0 +1,77 @@
+"""Run by test_two_nodes.py in a process of its own: a Ray cluster of two nodes, and our app with a stage on each.
+
+Prints a line once `/ready` is 200, then obeys its standard input until that ends: "leave" takes the second node away,
+"join" adds another. Arguments: model, port, folder.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from shoal.cluster.board import Board
+from shoal.cluster.config import load_config
+from shoal.cluster.ray_env import ray_environment
+
+
+def main(model: str, port: int, folder: Path) -> None:
+    os.environ.update(ray_environment(folder, haproxy=False))
+    import ray
+    from ray import serve
+    from ray.cluster_utils import Cluster
+
+    from shoal.cluster.app import build_app, on_device
+    from shoal.cluster.serve import status_of
+
+    overrides = {
+        ("engine", "model"): model,
+        ("engine", "dtype"): "float32",
+        ("engine", "device"): "cpu",
+        ("engine", "max_model_len"): 256,
+        ("engine", "tensor_parallel_size"): 2,
+        ("engine", "pipeline_parallel_size"): 2,
+        ("server", "haproxy"): False,
+    }
+    config = on_device(load_config(overrides), num_gpus=0)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    # A stage asks for 0.2 CPUs, engine and ingress for 0.1 each. So that each node has room for one stage, not two:
+    lodgers = [occupy(ray, node["NodeID"], cpus) for node, cpus in zip(ray.nodes(), (0.5, 0.75), strict=True)]
+    ray.get([lodger.__ray_ready__.remote() for lodger in lodgers])
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+        board = Board(folder / "board")
+        app = build_app(config, board=board.file)
+        serve.run_many([serve.RunTarget(app, name="shoal")], wait_for_applications_running=False)
+        deadline = time.monotonic() + 180
+        while status_of("127.0.0.1", port, "/ready") != 200:
+            assert time.monotonic() < deadline, board.refusal
+            time.sleep(0.2)
+        print("ready", flush=True)
+        for command in sys.stdin:
+            if command.strip() == "leave":
+                cluster.remove_node(second, allow_graceful=False)
+            else:
+                second = cluster.add_node(num_cpus=1)
+            print(command.strip(), flush=True)
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def occupy(ray: Any, node: str, cpus: float) -> Any:
+    """An actor that does nothing but hold a part of a node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class Lodger:
+        pass
+
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(Lodger).options(num_cpus=cpus, scheduling_strategy=place).remote()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
