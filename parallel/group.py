@@ -1,7 +1,6 @@
 """A replica's ranks as the engine sees them: plans go in, results come out, in order."""
 
 from collections import deque
-from collections.abc import Callable
 from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
@@ -106,9 +105,9 @@ class WorkerGroup(Protocol[PlanIn, ResultOut]):
 class LocalGroup(Generic[Plan, Result]):
     """One rank in this very process and thread: nothing is started, nothing is sent."""
 
-    def __init__(self, worker_factory: Callable[[], Worker[Plan, Result]], info: RankInfo | None = None) -> None:
+    def __init__(self, worker: Worker[Plan, Result], info: RankInfo | None = None) -> None:
         self.depth = 1
-        self._worker = worker_factory()
+        self._worker = worker
         self._info = info or RankInfo(rank=0, stage=0, shard=0)
         self._results: deque[Result] = deque()
 

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 
+from ..parallel.group import RankInfo
 from .engine import Engine
 from .errors import EngineDead, EngineError, ShoalError, Unavailable
 from .generation import FinishReason, GenerationRequest, TokenEvent
@@ -132,6 +133,10 @@ class AsyncEngine:
     def stats(self) -> Stats:
         """How things stood a moment (`STATS_EVERY_S`, or one step) ago."""
         return self._stats
+
+    def ranks(self) -> list[RankInfo]:
+        """The grid as it stands, by rank."""
+        return self._engine.ranks()
 
     def is_stuck(self, now: float | None = None, limit: float = 10.0) -> bool:
         """Whether there is work and no step has ended for `limit` seconds. Alive without a step is dead.

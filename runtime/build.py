@@ -27,11 +27,10 @@ from .memory import GIB
 from .models.spec import ModelSpec
 from .plan import StepPlan, StepResult
 from .policy import select_policy
-from .rank import DTYPES, Rank, RankSpec, build_worker, decode_result, encode_plan, open_checkpoint
+from .rank import DTYPES, RankSpec, build_worker, decode_result, encode_plan, open_checkpoint
 from .scheduler import Scheduler
 from .sequence import Limits
 from .share import Share, deal
-from .worker import ModelWorker
 
 if TYPE_CHECKING:
     from ..parallel.launcher import Launcher
@@ -100,15 +99,12 @@ Group = WorkerGroup[StepPlan, StepResult]
 
 def _alone(rank_spec: RankSpec, share: Share) -> tuple[Group, int]:
     """A rank in this process, and its KV blocks."""
-    built: list[Rank] = []
-
-    def worker() -> ModelWorker:
-        built.append(build_worker(rank_spec, share, comm=SoloComm(), ring=None))
-        return built[0].worker
-
-    group: LocalGroup[StepPlan, StepResult] = LocalGroup(worker)
-    log.info("%s", built[0].memory.describe())
-    return group, built[0].memory.num_blocks
+    rank = build_worker(rank_spec, share, comm=SoloComm(), ring=None)
+    log.info("%s", rank.memory.describe())
+    info = RankInfo(
+        rank=0, stage=0, shard=0, pid=os.getpid(), device=rank_spec.config["device"], details=rank.details()
+    )
+    return LocalGroup(rank.worker, info), rank.memory.num_blocks
 
 
 def _grid(rank_spec: RankSpec, grid: Grid, launcher: Launcher | None) -> tuple[Group, int]:

@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from ..parallel.group import GroupFailure, GroupStartError, WorkerGroup
+from ..parallel.group import GroupFailure, GroupStartError, RankInfo, WorkerGroup
 from .errors import EngineDead
 from .generation import FinishReason, GenerationRequest, TokenEvent
 from .grammar import FREE, Constraint
@@ -202,6 +202,10 @@ class Engine:
             host_s=self._host_s,
             device_s=self._device_s,
         )
+
+    def ranks(self) -> list[RankInfo]:
+        """The grid as it stands. Any thread may ask."""
+        return self._group.ranks()
 
     def close(self) -> None:
         """End the ranks. Idempotent."""

@@ -1,4 +1,4 @@
-"""`LLM`: the engine for Python programs, offline and asynchronous. No Ray, no HTTP; on one rank no process is started.
+"""`LLM`: the engine for Python programs, offline and asynchronous. No Ray, no HTTP; one rank alone starts no process.
 
 The engine runs in a thread of its own, and a private event loop in another turns its events into text. `generate` and
 `chat` wait for that loop from outside, so they work unguarded in scripts, in notebooks and from `python -`.
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 from pydantic import ValidationError
 
+from ..parallel.group import RankInfo
 from .async_engine import AsyncEngine
 from .build import build_replica
 from .config import EngineConfig
@@ -116,10 +117,14 @@ class LLM:
         self._ids = itertools.count()
         self._entropy = config.seed if config.seed is not None else secrets.randbits(63)
         replica = build_replica(config)
-        self.text = Text.load(
-            replica.model_path, replica.max_model_len, replica.spec.vocab_size, chat_template=chat_template
-        )
-        self._grammars = _grammars(self.text, replica.eos_token_ids)
+        try:
+            self.text = Text.load(
+                replica.model_path, replica.max_model_len, replica.spec.vocab_size, chat_template=chat_template
+            )
+            self._grammars = _grammars(self.text, replica.eos_token_ids)
+        except BaseException:  # nobody else would end the ranks
+            replica.engine.close()
+            raise
         self._engine = AsyncEngine(replica.engine)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="shoal-llm", daemon=True)
@@ -186,6 +191,10 @@ class LLM:
     def stats(self) -> Stats:
         """How the engine stands."""
         return self._engine.stats()
+
+    def ranks(self) -> list[RankInfo]:
+        """The ranks that hold the model, and what each holds."""
+        return self._engine.ranks()
 
     def close(self) -> None:
         """Abort what runs and free the model. Idempotent."""

@@ -294,7 +294,8 @@ class FakeGroup:
     def fail(self, *, is_suspect: bool = False, slots: tuple[int, ...] = ()) -> None:
         """The rank dies; the next call sees it."""
         text = "rank 0 (stage 0, shard 0) " + ("raised ValueError" if is_suspect else "was killed")
-        self._failure = GroupFailure(text, rank=0, station="step", cause="exception" if is_suspect else "killed", slots=slots)
+        cause = "exception" if is_suspect else "killed"
+        self._failure = GroupFailure(text, rank=0, station="step", cause=cause, slots=slots)
 
     def submit(self, plan: StepPlan) -> None:
         assert len(self._results) < self.depth, "more plans in flight than the group's depth"

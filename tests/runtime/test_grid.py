@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from shoal.parallel.grid import Grid
+from shoal.parallel.threads import thread_comms
+from shoal.runtime.config import EngineConfig
 from shoal.runtime.errors import ConfigError
 from shoal.runtime.generation import GenerationRequest, SamplingParams
 from shoal.runtime.models.spec import ModelSpec
+from shoal.runtime.rank import RankSpec, build_worker
 from shoal.runtime.safetensors_checkpoint import SafetensorsCheckpoint
 from shoal.runtime.share import deal
 
@@ -129,3 +132,32 @@ def test_an_impossible_grid_is_refused_with_what_is_possible(changes, words, sav
     with pytest.raises(ConfigError) as caught:
         deal(spec, Grid(fields["tensor_parallel_size"], fields["pipeline_parallel_size"]), fields["pp_layers"])
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("grid", [Grid(3, 1), Grid(1, 3), Grid(3, 3), Grid(2, 1)], ids=str)
+def test_a_rank_holds_its_share_and_nothing_twice(grid, saved):
+    """Norms alone are on every shard of a stage."""
+    spec = ModelSpec.from_config(SafetensorsCheckpoint(saved("llama")).config)
+    whole = bytes_held(saved("llama"), spec, Grid())[0]
+    ranks = bytes_held(saved("llama"), spec, grid)
+    norms = (2 * spec.num_layers + 1) * spec.hidden_size * 4
+    assert sum(ranks) <= whole + (grid.tp - 1) * norms
+    assert max(ranks) <= 1.25 * whole / grid.size * (4 / 3 if grid.tp == 2 else 1) + norms  # 9 heads over 2: 6 and 3
+
+
+def bytes_held(folder, spec, grid):
+    """Weights of each rank, which are built one by one: loading asks the others nothing."""
+    config = EngineConfig(
+        model=str(folder),
+        dtype="float32",
+        device="cpu",
+        tensor_parallel_size=grid.tp,
+        pipeline_parallel_size=grid.pp,
+        max_model_len=64,
+        max_num_seqs=2,
+    )
+    rank_spec = RankSpec.of(config, model_path=folder, spec=spec, depth=2)
+    return [
+        build_worker(rank_spec, share, comm=thread_comms(grid.tp)[share.place.shard], ring=None).weight_bytes
+        for share in deal(spec, grid)
+    ]

@@ -199,8 +199,6 @@ def test_without_a_tokenizer_prompts_are_ids_and_texts_are_empty(folder: Path, t
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"tensor_parallel_size": 2}, ConfigError, "--tensor-parallel-size 2"),
-        ({"deterministic": True}, ConfigError, "--deterministic"),
         ({"max_model_len": 4096}, ConfigError, "128 positions"),
         ({"block_size": 15}, ConfigError, "block_size"),
         ({"kv_cache_memory_gb": 1e-5}, MemoryPlanError, "--kv-cache-memory-gb"),
