@@ -142,7 +142,7 @@ class Returned:
 
     def _take(self) -> None:
         drawing = self._under_way.popleft()
-        tokens = self._ring.receive((len(drawing.slots),), torch.int64).numpy()
+        tokens = self._ring.receive((len(drawing.slots),), torch.int64).cpu().numpy()
         mine = [row for row, slot in enumerate(drawing.slots) if self._epochs.get(slot, 0) == drawing.epochs[row]]
         slots = [drawing.slots[row] for row in mine]
         self._table.append(slots, drawing.positions[mine], tokens[mine])
@@ -252,4 +252,4 @@ class DrawnAndReturned(Drawn):
 
     def _remember(self, batch: StepBatch, tokens_R: Tensor) -> None:
         super()._remember(batch, tokens_R)
-        self._ring.send(tokens_R)
+        self._ring.send(tokens_R.to(self._sampler.ops.device))
