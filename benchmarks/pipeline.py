@@ -130,9 +130,7 @@ def start_measured(
     """The ranks' worker factory."""
     told = msgspec.msgpack.decode(argument, type=Argument)
     if told.stage_s is None:
-        worker: RankWorker = start_rank(
-            told.rank_spec, place, comm=comm, ring=ring, station=station, progress=progress
-        )
+        worker: RankWorker = start_rank(told.rank_spec, place, comm=comm, ring=ring, station=station, progress=progress)
     else:
         worker = SleepWorker(told, place, ring)
     return Measured(worker, station, Path(told.notes) / str(place.rank))

@@ -4,13 +4,15 @@ So the aim is few calls, on tensors that fit a core's cache. What is not here is
 one rank's thread: it keeps what the layers of a step share.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, device
 
 from .cpu_attention import AttentionPlan, Shape, plan_attention, run_attention
 from .cpu_sampling import draw_rows
-from .ops import Activation, AttentionBatch, AttentionSpec, KVLayer, SamplingBatch
+from .ops import Activation, AttentionBatch, AttentionSpec, Draw, KVLayer, SamplingBatch
 from .reference import ReferenceOps, apply_activation
 
 
@@ -95,9 +97,22 @@ class CpuOps(ReferenceOps):
         return run_attention(q_THE, cache, plan, spec.scale)
 
     def sample(self, logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
-        best_R, greedy_R = logits_RV.max(dim=-1)  # a NaN is its row's maximum
-        tokens_R = greedy_R if sampling.all_greedy else draw_rows(logits_RV, sampling, best_R, greedy_R)
+        best_R, tokens_R = logits_RV.max(dim=-1)  # a NaN is its row's maximum
+        if not sampling.all_greedy:
+            scores, columns = draw_rows(logits_RV, sampling, best_R, tokens_R)
+            best_R, tokens_R = torch.tensor(scores), torch.tensor(columns, dtype=torch.int64)
         return tokens_R.masked_fill(~best_R.isfinite(), -1)
+
+    def draw(
+        self, logits_RV: Tensor, sampling: SamplingBatch, *, first_id: int, threshold_R: Tensor | None = None
+    ) -> Draw:
+        best_R, columns_R = logits_RV.max(dim=-1)
+        score_R = best_R.float().nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
+        if not sampling.all_greedy:
+            kept_R = torch.full_like(score_R, -math.inf) if threshold_R is None else threshold_R
+            scores, columns = draw_rows(logits_RV, sampling, score_R, columns_R, first_id=first_id, threshold_R=kept_R)
+            score_R, columns_R = torch.tensor(scores), torch.tensor(columns, dtype=torch.int64)
+        return Draw(score_R, columns_R + first_id)
 
 
 def _joined(q_THE: Tensor, k_TKE: Tensor) -> tuple[Tensor, ...]:

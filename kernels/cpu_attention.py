@@ -64,12 +64,15 @@ def plan_attention(batch: AttentionBatch, shape: Shape) -> AttentionPlan:
     table_SP = batch.block_table_SP.numpy().astype(np.int64)
     kv_lens = np.array(batch.kv_lens, np.int64)
     decodes = [_plan_decodes(group, batch.num_decodes, table_SP, kv_lens, shape) for group in _groups(batch, shape)]
+    return AttentionPlan(decodes, plan_prefills(batch, shape))
+
+
+def plan_prefills(batch: AttentionBatch, shape: Shape) -> list[Prefill]:
+    """The part of the sequences with several new tokens."""
     starts = np.cumsum((0, *batch.query_lens))
-    prefills = [
-        _plan_prefill(int(starts[i]), batch.query_lens[i], table_SP[i], int(kv_lens[i]), shape)
-        for i in range(batch.num_decodes, len(kv_lens))
-    ]
-    return AttentionPlan(decodes, prefills)
+    prefilled = range(batch.num_decodes, len(batch.kv_lens))
+    pages = {i: batch.block_table_SP[i].numpy().astype(np.int64) for i in prefilled}
+    return [_plan_prefill(int(starts[i]), batch.query_lens[i], pages[i], batch.kv_lens[i], shape) for i in prefilled]
 
 
 def _groups(batch: AttentionBatch, shape: Shape) -> list[Ints]:
@@ -170,9 +173,15 @@ def run_attention(q_THE: Tensor, cache: KVLayer, plan: AttentionPlan, scale: flo
     for part in plan.decodes:
         tokens = slice(0, part.num) if part.tokens_S is None else part.tokens_S
         out_THE[tokens] = _decode(q_THE[tokens], source, part)
-    for prefill in plan.prefills:
-        out_THE[prefill.start : prefill.stop] = _prefill(q_THE[prefill.start : prefill.stop], source, prefill)
+    run_prefills(out_THE, q_THE, cache, plan.prefills, scale=scale)
     return out_THE
+
+
+def run_prefills(out_THE: Tensor, q_THE: Tensor, cache: KVLayer, prefills: list[Prefill], *, scale: float) -> None:
+    """Attention of the tokens of these sequences, into their places in `out_THE`."""
+    source = _Source(cache, scale)
+    for part in prefills:
+        out_THE[part.start : part.stop] = _prefill(q_THE[part.start : part.stop], source, part)
 
 
 def _decode(q_SHE: Tensor, source: _Source, part: Decodes) -> Tensor:

@@ -95,6 +95,13 @@ class Logprobs(NamedTuple):
     top_logprobs_RL: Tensor  # float32
 
 
+class Draw(NamedTuple):
+    """What the columns of one shard of the vocabulary bring to a draw; the best score of all shards wins."""
+
+    score_R: Tensor  # float32; +inf where the row is unusable, -inf where it has nothing left here
+    token_R: Tensor  # int64, vocabulary id; anything where the score is not finite
+
+
 class Ops(Protocol):
     """Operations on one device. Arguments marked in-place are overwritten; everything else is fresh or a view.
 
@@ -158,7 +165,20 @@ class Ops(Protocol):
 
         logits / temperature, then min-p, top-k and top-p as the common engines define them (each looks at what the
         former left), then `argmax(logits / temperature + gumbel(seed, position, id))`: see `kernels/noise.py`.
-        Ties at a top-k or top-p border are all kept, so the result does not depend on an order of sorting.
+        Ties at a top-k or top-p border are all kept, and equal scores go to the lowest id, so the result does not
+        depend on an order of sorting. Nor, on a CPU, does it on an order of summation: top-p's masses are integers
+        (`reference.nucleus_masses`), as they are wherever the vocabulary is cut (`parallel/vocab.py`). A GPU that holds
+        the vocabulary alone sums them in float32: a token within 1e-6 of the border may fall on its other side.
+        """
+        ...
+
+    def draw(
+        self, logits_RV: Tensor, sampling: SamplingBatch, *, first_id: int, threshold_R: Tensor | None = None
+    ) -> Draw:
+        """The last step of `sample` on columns that are the vocabulary's from `first_id` on; at least one column.
+
+        threshold_R: float32, the smallest scaled logit that each row keeps, -inf for all; None: all rows keep all. The
+        filters of `sampling` are not looked at. The best of the draws of all shards is what `sample` would give.
         """
         ...
 

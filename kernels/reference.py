@@ -12,7 +12,7 @@ from torch import Tensor, device
 from torch.nn import functional
 
 from . import noise
-from .ops import Activation, AttentionBatch, AttentionSpec, KVLayer, Logprobs, SamplingBatch
+from .ops import Activation, AttentionBatch, AttentionSpec, Draw, KVLayer, Logprobs, SamplingBatch
 
 
 class ReferenceOps:
@@ -91,14 +91,21 @@ class ReferenceOps:
 
     def sample(self, logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
         logits = logits_RV.float()
-        scores = logits
+        drawn = logits
         if not sampling.all_greedy:
             drawn = self.filter(scale_by_temperature(logits, sampling.temperature_R), sampling)
-            keys = noise.row_keys(sampling.seed_R, sampling.position_R)
-            ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
-            drawn = drawn + noise.gumbel(*keys, ids)
-            scores = torch.where(sampling.temperature_R[:, None] > 0, drawn, logits)
-        return scores.argmax(dim=-1).masked_fill(unusable_rows(logits), -1)
+        return chosen_tokens(best_scores(logits, drawn, sampling, first_id=0))
+
+    def draw(
+        self, logits_RV: Tensor, sampling: SamplingBatch, *, first_id: int, threshold_R: Tensor | None = None
+    ) -> Draw:
+        logits = logits_RV.float()
+        drawn = logits
+        if not sampling.all_greedy:
+            drawn = scale_by_temperature(logits, sampling.temperature_R)
+            if threshold_R is not None:
+                drawn = drawn.masked_fill(drawn < threshold_R[:, None], float("-inf"))
+        return best_scores(logits, drawn, sampling, first_id=first_id)
 
     def filter(self, scaled_RV: Tensor, sampling: SamplingBatch) -> Tensor:
         """Logits with -inf for the tokens that min-p, top-k and top-p leave out, one after the other."""
@@ -173,14 +180,28 @@ def visible_keys(num_queries: int, num_keys: int, window: int | None, on: device
     return visible if window is None else visible & (keys > queries - window)
 
 
-def unusable_rows(logits_RV: Tensor) -> Tensor:
-    """[R], true where a row holds a NaN or +inf, or nothing but -inf: its maximum is not finite (max keeps NaN)."""
-    return ~logits_RV.amax(dim=-1).isfinite()
+def best_scores(logits_RV: Tensor, drawn_RV: Tensor, sampling: SamplingBatch, *, first_id: int) -> Draw:
+    """Of logits, and of the same as rows that are not greedy take them: scaled, and -inf for what they leave out."""
+    scores_RV = logits_RV
+    if not sampling.all_greedy:
+        keys = noise.row_keys(sampling.seed_R, sampling.position_R)
+        ids = torch.arange(first_id, first_id + logits_RV.shape[1], dtype=torch.int32, device=logits_RV.device)
+        noised_RV = drawn_RV + noise.gumbel(*keys, ids)
+        scores_RV = torch.where(sampling.temperature_R[:, None] > 0, noised_RV, logits_RV)
+    score_R, column_R = scores_RV.max(dim=-1)
+    highest_R = logits_RV.amax(dim=-1)  # a NaN is its row's maximum
+    return Draw(score_R.masked_fill(~(highest_R < float("inf")), float("inf")), first_id + column_R)
+
+
+def chosen_tokens(draw: Draw) -> Tensor:
+    """[R] the ids; -1 where the score is not finite."""
+    return draw.token_R.masked_fill(~draw.score_R.isfinite(), -1)
 
 
 def scale_by_temperature(logits_RV: Tensor, temperature_R: Tensor) -> Tensor:
-    """logits / temperature; greedy rows (temperature 0) stay as they are."""
-    return logits_RV / torch.where(temperature_R > 0, temperature_R, 1.0)[:, None]
+    """logits / temperature; greedy rows (temperature 0) stay as they are. What overflows is the largest float."""
+    scaled_RV = logits_RV / torch.where(temperature_R > 0, temperature_R, 1.0)[:, None]
+    return scaled_RV.clamp_(max=torch.finfo(torch.float32).max)
 
 
 def filter_min_p(logits_RV: Tensor, min_p_R: Tensor) -> Tensor:
@@ -203,8 +224,26 @@ def filter_top_p(logits_RV: Tensor, top_p_R: Tensor) -> Tensor:
     At least one token is kept; 1 (or more) keeps all.
     """
     sorted_RV = logits_RV.sort(dim=-1, descending=True).values
-    probabilities_RV = sorted_RV.double().softmax(dim=-1)
-    mass_before_RV = probabilities_RV.cumsum(dim=-1) - probabilities_RV
-    kept_R1 = (mass_before_RV < top_p_R[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
+    masses_RV = nucleus_masses(sorted_RV, sorted_RV[:, :1])
+    need_R = nucleus_need(masses_RV.sum(dim=-1), top_p_R)
+    before_RV = masses_RV.cumsum(dim=-1) - masses_RV
+    kept_R1 = (before_RV < need_R[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
     threshold_R1 = sorted_RV.gather(1, kept_R1 - 1)
     return logits_RV.masked_fill((logits_RV < threshold_R1) & (top_p_R[:, None] < 1), float("-inf"))
+
+
+MASS_ONE = 1 << 40
+"""What the likeliest token weighs. Half a million times that is far from the end of int64."""
+
+
+def nucleus_masses(logits_RV: Tensor, highest_R1: Tensor) -> Tensor:
+    """exp(logit - highest) in fixed point, int64: sums are exact, so they are the same in any order and over any cut.
+
+    A token 28.4 below the likeliest weighs nothing; what rounding loses of a whole vocabulary is less than 1e-6.
+    """
+    return (logits_RV.double() - highest_R1.double()).exp_().mul_(MASS_ONE).round_().long()
+
+
+def nucleus_need(total_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """The mass that a nucleus must reach: `top_p` of the total, and more than nothing. int64."""
+    return (total_R.double() * top_p_R.double()).ceil().clamp_(min=1).long()

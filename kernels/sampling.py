@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ops import SamplingBatch
+from .ops import Draw, SamplingBatch
 
 _DRAW_BLOCK = 4096
 _SEARCH_BLOCK = 2048
@@ -168,6 +168,7 @@ def _draw_kernel(
     threshold_ptr,
     value_ptr,
     token_ptr,
+    first_id,
     vocab,
     stride_r,
     HAS_NOISE: tl.constexpr,
@@ -188,18 +189,21 @@ def _draw_kernel(
             kept = x > float("-inf")
             if HAS_THRESHOLD:
                 kept &= value >= tl.load(threshold_ptr + row)
-            value += gumbel(tl.load(seed_ptr + row), tl.load(position_ptr + row), index)
+            value += gumbel(tl.load(seed_ptr + row), tl.load(position_ptr + row), first_id + index)
             value = tl.where(kept, value, float("-inf"))
     value = tl.minimum(value, _LARGEST)  # overflow of a tiny temperature is not +inf in the logits
     best, at = tl.max(value, axis=0, return_indices=True, return_indices_tie_break_left=True)
     out = row * tl.num_programs(1) + chunk
     tl.store(value_ptr + out, tl.where(unusable > 0, float("inf"), best))
-    tl.store(token_ptr + out, chunk * BLOCK + at)
+    tl.store(token_ptr + out, first_id + chunk * BLOCK + at)
 
 
 @triton.jit
 def _pick_kernel(value_ptr, token_ptr, out_ptr, chunks, CHUNKS_P2: tl.constexpr):
-    """The best of a row's chunks, the lowest id among equals; -1 where it is not finite."""
+    """The best of a row's chunks, the lowest id among equals; -1 where it is not finite.
+
+    The best value is left where the first chunk's was.
+    """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, CHUNKS_P2)
     value = tl.load(value_ptr + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
@@ -207,6 +211,7 @@ def _pick_kernel(value_ptr, token_ptr, out_ptr, chunks, CHUNKS_P2: tl.constexpr)
     token = tl.load(token_ptr + row * chunks + at)
     usable = (best > float("-inf")) & (best < float("inf"))
     tl.store(out_ptr + row, tl.where(usable, token, -1).to(tl.int64))
+    tl.store(value_ptr + row * chunks, best)
 
 
 @triton.jit
@@ -234,13 +239,17 @@ def _logprobs_kernel(logits_ptr, tokens_ptr, log_total_ptr, chosen_ptr, rank_ptr
 
 def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
     """See `Ops.sample`."""
+    return draw(logits_RV, sampling, first_id=0, threshold_R=_thresholds(logits_RV, sampling)).token_R
+
+
+def draw(logits_RV: Tensor, sampling: SamplingBatch, *, first_id: int, threshold_R: Tensor | None) -> Draw:
+    """See `Ops.draw`. The token is -1 where the score is not finite."""
     rows, vocab = logits_RV.shape
     on = logits_RV.device
     tokens_R = torch.empty(rows, dtype=torch.int64, device=on)
     if rows == 0:
-        return tokens_R
+        return Draw(torch.empty(0, device=on), tokens_R)
     assert logits_RV.stride(1) == 1
-    threshold_R = _thresholds(logits_RV, sampling)
     block = min(_DRAW_BLOCK, triton.next_power_of_2(vocab))
     chunks = triton.cdiv(vocab, block)
     best_RC = torch.empty((rows, chunks), dtype=torch.float32, device=on)
@@ -253,6 +262,7 @@ def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
         threshold_R,
         best_RC,
         best_tokens_RC,
+        first_id,
         vocab,
         logits_RV.stride(0),
         HAS_NOISE=not sampling.all_greedy,
@@ -263,14 +273,16 @@ def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
     _pick_kernel[(rows,)](
         best_RC, best_tokens_RC, tokens_R, chunks, CHUNKS_P2=triton.next_power_of_2(chunks), num_warps=1
     )
-    return tokens_R
+    return Draw(best_RC[:, 0], tokens_R)
 
 
 def _thresholds(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor | None:
     """[R] float32, the smallest scaled logit that each row keeps; None where no row filters."""
-    if sampling.all_greedy or not (sampling.any_top_k or sampling.any_top_p or sampling.any_min_p):
-        return None
     rows, vocab = logits_RV.shape
+    filters = sampling.any_top_k or sampling.any_top_p or sampling.any_min_p
+    if sampling.all_greedy or not filters or not rows:
+        return None
+    assert logits_RV.stride(1) == 1
     threshold_R = torch.empty(rows, dtype=torch.float32, device=logits_RV.device)
     _threshold_kernel[(rows,)](
         logits_RV,

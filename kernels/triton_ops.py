@@ -10,11 +10,13 @@ from torch import Tensor, device
 from .activation import activate
 from .decode_attention import decode_attention
 from .kv_write import write_kv
+from .linear import linear
+from .matmul import matmul
 from .norm import norm
-from .ops import Activation, AttentionBatch, AttentionSpec, KVLayer, Logprobs, SamplingBatch
+from .ops import Activation, AttentionBatch, AttentionSpec, Draw, KVLayer, Logprobs, SamplingBatch
 from .prefill_attention import prefill_attention
 from .rotary import rope
-from .sampling import chosen_logprobs, sample
+from .sampling import chosen_logprobs, draw, sample
 
 # Programs of a kernel that hold a multiprocessor's worth of work and do not wait for one another.
 _PROGRAMS_PER_PROCESSOR = 2
@@ -24,13 +26,15 @@ _INTERPRETED_PROCESSORS = 8
 class TritonOps:
     """`Ops` as Triton kernels.
 
-    deterministic: an attention row's result depends on its own sequence alone, not on what else is in the step nor on
-    whether its token was decoded or prefilled (decodes then run as prefills of one token, at a cost in long contexts).
+    deterministic: a row's result depends on its own sequence alone, not on what else is in the step nor on whether its
+    token was decoded or prefilled. Decodes then run as prefills of one token, at a cost in long contexts, and products
+    in one tile whatever the number of rows.
     """
 
     def __init__(self, on: device, *, deterministic: bool = False) -> None:
         self.device = on
-        self._deterministic = deterministic
+        self.deterministic = deterministic
+        self.linear = matmul if deterministic else linear
         processors = _INTERPRETED_PROCESSORS
         if on.type == "cuda":
             processors = torch.cuda.get_device_properties(on).multi_processor_count
@@ -65,7 +69,7 @@ class TritonOps:
     def attention(self, q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec) -> Tensor:
         out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
         num_seqs = batch.block_table_SP.shape[0]
-        num_decodes = 0 if self._deterministic else batch.num_decodes
+        num_decodes = 0 if self.deterministic else batch.num_decodes
         if num_decodes:
             decode_attention(q_THE, cache, batch, spec, out_THE=out_THE, programs=self._programs)
         if num_seqs > num_decodes:
@@ -74,6 +78,11 @@ class TritonOps:
 
     def sample(self, logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
         return sample(logits_RV, sampling)
+
+    def draw(
+        self, logits_RV: Tensor, sampling: SamplingBatch, *, first_id: int, threshold_R: Tensor | None = None
+    ) -> Draw:
+        return draw(logits_RV, sampling, first_id=first_id, threshold_R=threshold_R)
 
     def logprobs(self, logits_RV: Tensor, tokens_R: Tensor, num: int) -> Logprobs:
         log_total_R, chosen_R, rank_R = chosen_logprobs(logits_RV, tokens_R)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.linear import Linear, linear
 from .comm import Comm
 from .partition import cut_vocab, length
 from .quant import LinearMethod
@@ -62,15 +63,13 @@ def vocab_embedding(lookup: Layer, *, vocab_size: int, comm: Comm) -> Layer:
     return embed
 
 
-def float32_linear(weight_VD: Tensor) -> Layer:
+def float32_linear(weight_VD: Tensor, product: Linear = linear) -> Layer:
     """`x @ W.T` in float32 for x in float32: products are summed and kept in it, whatever the weight is stored as.
 
     The logits of likely tokens lie near each other and far from zero, where bfloat16 steps by 0.125: rounded to it
     they tie. Torch has this product for 16-bit weights on GPUs only.
     """
-    if weight_VD.dtype is torch.float32:
-        return lambda x_RD: F.linear(x_RD, weight_VD)
-    return lambda x_RD: torch.mm(x_RD.to(weight_VD.dtype), weight_VD.t(), out_dtype=torch.float32)
+    return lambda x_RD: product(x_RD.to(weight_VD.dtype), weight_VD, torch.float32)
 
 
 def cast_linear(method: LinearMethod, dtype: torch.dtype) -> Layer:
@@ -78,17 +77,7 @@ def cast_linear(method: LinearMethod, dtype: torch.dtype) -> Layer:
     return lambda x_RD: method.apply(x_RD.to(dtype))
 
 
-def vocab_linear(linear: Layer, bias: Tensor | None, *, vocab_size: int, comm: Comm) -> Layer:
-    """Logits in float32 over the whole vocabulary, on every rank: [R, D] -> [R, V]."""
+def vocab_linear(linear: Layer, bias: Tensor | None) -> Layer:
+    """Logits in float32 over this rank's part of the vocabulary: [R, D] -> [R, V of the shard]. See `vocab.py`."""
     layer = linear if bias is None else then(linear, lambda x_RV: x_RV.add_(bias))
-    if comm.size == 1:
-        return lambda x_RD: layer(x_RD).float()
-    cuts = [cut_vocab(vocab_size, shard=shard, size=comm.size) for shard in range(comm.size)]
-    sizes = [length(cut) for cut in cuts]
-    padding = (0, max(sizes) - sizes[comm.shard])  # a gather wants equal shapes
-
-    def logits(x_RD: Tensor) -> Tensor:
-        parts = comm.all_gather(F.pad(layer(x_RD).float(), padding))
-        return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
-
-    return logits
+    return lambda x_RD: layer(x_RD).float()

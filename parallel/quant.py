@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..kernels.linear import Linear, linear
+from ..kernels.native import load_native
+from .native import NativeInt4Linear
+
 # Not by torch.ops.aten, whose look-up costs 2 us of a product's 20.
 _int4_product = torch._weight_int4pack_mm_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 
@@ -34,32 +38,46 @@ class LinearMethod(Protocol):
 
 
 class DenseLinear:
-    """A weight in a float dtype, used as it is."""
+    """A weight in a float dtype, used as it is. `product` is the device's."""
 
-    def __init__(self, weight_FD: Tensor) -> None:
+    def __init__(self, weight_FD: Tensor, product: Linear = linear) -> None:
         self.weight_FD = weight_FD
+        self._product = product
         self.out_features, self.in_features = weight_FD.shape
 
     def apply(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight_FD)
+        return self._product(x_TD, self.weight_FD)
 
     def num_bytes(self) -> int:
         return self.weight_FD.numel() * self.weight_FD.element_size()
 
 
 def packed_linear(
-    format: str, rows: list[NDArray[np.uint8]], *, in_features: int, device: torch.device, dtype: torch.dtype
+    format: str,
+    rows: list[NDArray[np.uint8]],
+    *,
+    in_features: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    deterministic: bool = False,
 ) -> LinearMethod | None:
     """A method that multiplies straight from a file's blocks, or None where dense weights are the better form.
 
     format: GGUF's name of the blocks. rows: uint8 [rows, bytes of a row] each; their rows are stacked (a fused QKV
     comes from three matrices). dtype is that of the activations. What comes out None is dequantised by the caller:
     other formats and devices, dtypes without a fast kernel (float32's is 60 times slower than a dense product).
+    deterministic: a row's result does not depend on how many rows there are.
     """
     if device.type != "cpu" or dtype is not torch.bfloat16 or format not in ("Q4_0", "Q4_1"):
         return None
+    if native := load_native():  # deterministic as it is
+        return NativeInt4Linear(native, partial(_read_q4_blocks, format), rows, in_features)
     layout = probe_int4_layout()
-    return None if layout is None else Int4Linear(format, rows, in_features, layout)
+    if layout is None:
+        return None
+    # The int4 product sums each row for itself and in one order; unpacked, the order is a dense product's.
+    unpack_from = None if deterministic else Int4Linear.UNPACK_FROM
+    return Int4Linear(format, rows, in_features, layout, unpack_from=unpack_from)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +123,7 @@ class HalfLinear:
     """A weight in float16 for inputs and outputs in float32: FBGEMM's product, which reads 16 bits and sums 32.
 
     On a CPU it runs at the memory's speed where torch's own float32 and bfloat16 products do not: 1.3 ms against 9.8
-    and 3.1 for one row by 49,152 x 576 on two cores.
+    and 3.1 for one row by 49,152 x 576 on two cores. It sums each row for itself, in one order for any number of rows.
     """
 
     def __init__(self, weight_FD: Tensor) -> None:
@@ -160,7 +178,17 @@ class Int4Linear:
     _UNPACKED_WEIGHTS = 1 << 20  # at a time: the scratch stays in the cache
     _PACKED_ROWS = 1 << 10  # at a time, while loading: a multiple of every tile
 
-    def __init__(self, format: str, rows: list[NDArray[np.uint8]], in_features: int, layout: Int4Layout) -> None:
+    def __init__(
+        self,
+        format: str,
+        rows: list[NDArray[np.uint8]],
+        in_features: int,
+        layout: Int4Layout,
+        *,
+        unpack_from: int | None = UNPACK_FROM,
+    ) -> None:
+        """unpack_from: rows of x from which the weight is unpacked; None: never."""
+        self._unpack_from = unpack_from
         self.in_features = in_features
         self.out_features = sum(len(part) for part in rows)
         self.layout = layout
@@ -181,7 +209,7 @@ class Int4Linear:
 
     def apply(self, x_TD: Tensor) -> Tensor:
         x_TD = x_TD.contiguous()
-        if x_TD.shape[0] < self.UNPACK_FROM:
+        if self._unpack_from is None or x_TD.shape[0] < self._unpack_from:
             y_TF: Tensor = _int4_product(x_TD, self.packed, self.GROUP, self.scale_zero_GF2)
             return y_TF if y_TF.shape[1] == self.out_features else y_TF[:, : self.out_features]
         step = max(self._UNPACKED_WEIGHTS // self.in_features // self.layout.tile, 1) * self.layout.tile

@@ -1,17 +1,18 @@
 """What the router asks of whatever makes tokens: the values and the Protocol between stations 7 and 8.
 
-No Ray here: `HandleBackend` (replica.py) speaks to a Serve deployment, the tests' one is in process.
+No Ray here: `LineBackend` (line_client.py) speaks to replicas over sockets of ours, the tests' one is in process.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from ..runtime import errors as e
 from ..runtime.generation import GenerationRequest, TokenEvent
+from ..runtime.stats import Stats
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +31,24 @@ class ReplicaLost(e.EngineDead):
     """The replica went away with the log unfinished; the tokens it emitted stand, another one could go on."""
 
 
+class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
+    """What an ingress knows of one replica that is connected: what a balancer chooses by.
+
+    problem: why it takes no work, or does not answer; None where it is ready. stats: its last word. in_flight: this
+    ingress's generations on it. tokens_sent: what those of them may cost that `stats` does not count yet.
+    """
+
+    problem: str | None
+    stats: Stats
+    in_flight: int
+    tokens_sent: int
+
+    @property
+    def tokens_owed(self) -> int:
+        """The most that its live generations may still cost, in tokens."""
+        return self.stats.tokens_owed + self.tokens_sent
+
+
 class Backend(Protocol):
     """Where generations run. Safe to call from many tasks of one event loop."""
 
@@ -40,7 +59,7 @@ class Backend(Protocol):
         the generation.
 
         Raises:
-            ReplicaLost: see there. ShoalError: as the engine raised it.
+            ReplicaLost: see there. Unavailable: no replica is connected. ShoalError: as the engine raised it.
         """
         ...
 
@@ -52,8 +71,12 @@ class Backend(Protocol):
         """Returns if a replica can take work now; raises Unavailable with the reason otherwise."""
         ...
 
-    async def stats(self) -> Mapping[str, Any]:
-        """Replica id -> its engine's `Stats`. A replica that does not answer in time is left out."""
+    async def stats(self) -> Mapping[str, Stats]:
+        """Replica id -> how things stood there a moment ago, of every connected replica."""
+        ...
+
+    def replicas(self) -> Mapping[str, ReplicaState]:
+        """Replica id -> what is known of it now, of every connected replica."""
         ...
 
 
@@ -66,9 +89,6 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     code: str | None = None
     retry_after: float | None = None
 
-
-# What a replica sends: an array is events, a map is a failure.
-Frame = list[TokenEvent] | Failure
 
 _KINDS: dict[str, type[e.ShoalError]] = {
     kind.__name__: kind for kind in vars(e).values() if isinstance(kind, type) and issubclass(kind, e.ShoalError)

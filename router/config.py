@@ -49,4 +49,4 @@ class RouterConfig(BaseModel):
     max_timeout_s: float = Field(3600.0, gt=0, description="Longest deadline a request may name (its `timeout`).")
     body_timeout_s: float = Field(30.0, gt=0, description="A body must be complete in this time; else 408.")
     send_timeout_s: float = Field(60.0, gt=0, description="A client that takes nothing for so long is given up.")
-    ready_timeout_s: float = Field(1.0, gt=0, description="A replica must say that it is ready in this time.")
+    ready_timeout_s: float = Field(1.0, gt=0, description="Replicas must say where they listen in this time.")

@@ -1,33 +1,27 @@
-"""Station 8: the Serve deployment around one `AsyncEngine`, and the ingress's side of the line to it.
+"""Station 8: the Serve deployment around one `AsyncEngine`, and how an ingress finds its replicas.
 
-Frames on the line are msgpack: an array is events, a map is a failure. Whatever goes wrong in here is sent as a
-failure, so an exception that arrives at the other end speaks of the line or of the process, never of the request. Ray
-is imported only where it is called: the router's tests run without it.
+Serve places, watches and restarts replicas; generations reach them over the line (line_server.py), never through Serve.
+Ray is imported only where it is called: the router's tests run without it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import msgspec
-
-from ..runtime.errors import EngineDead, EngineError, QueueFull, ShoalError, Unavailable
+from ..runtime.errors import EngineDead
 from ..runtime.generation import FinishReason, GenerationRequest, StructuredOutputs, TokenEvent
 from ..runtime.grammar import FREE, Constraint
 from ..runtime.stats import Stats
-from .backend import Failure, Frame, ModelInfo, ReplicaLost, error_of, failure_of
+from .backend import ModelInfo
+from .line import LineLimits, Welcome
+from .line_client import Address
+from .line_server import LineServer
 
-logger = logging.getLogger("shoal.router")
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode_request = msgspec.msgpack.Decoder(GenerationRequest).decode
-_decode_frame = msgspec.msgpack.Decoder(Frame).decode
-_decode_stats = msgspec.msgpack.Decoder(Stats).decode
+LAST_EVENTS_S = 1.0  # for the last events of a closed engine to reach the line
 
 
 class Engine(Protocol):
@@ -71,56 +65,35 @@ class Parts:
 
 
 class Replica:
-    """One engine behind a Serve handle."""
+    """One engine behind a line. All methods but `close` run on one event loop."""
 
-    def __init__(self, build: Callable[[], Parts]) -> None:
+    def __init__(self, build: Callable[[], Parts], secret: bytes, *, limits: LineLimits | None = None) -> None:
+        """secret: what the line's peers prove to know."""
         self._parts = build()
+        self._secret = secret
+        self._limits = limits
+        self._line: LineServer | None = None
+        self._port = asyncio.Lock()  # of `listen`: asked by several ingresses at once
+        self._address: Address | None = None
+        self.__del__ = self.shutdown  # what Serve awaits last; the interpreter looks at the class and finds none
 
-    async def generate(self, payload: bytes) -> AsyncIterator[bytes]:
-        """One log's frames. Closing or cancelling aborts the generation within a step."""
-        try:
-            async with aclosing(self._frames(_decode_request(payload))) as frames:
-                async for frame in frames:
-                    yield _encode(frame)
-        except ShoalError as error:
-            yield _encode(failure_of(error))
-        except Exception as error:
-            logger.exception("unexpected %s in a replica", type(error).__name__)
-            yield _encode(Failure(kind=EngineError.__name__, message="internal error in the replica; its log has it"))
+    async def address(self) -> Address:
+        """Where this replica listens: on the node's own address, from the first call on."""
+        return await self.listen(_replica_id(), _node_address())
 
-    async def info(self) -> bytes:
-        return _encode(self._parts.info)
+    async def listen(self, replica: str, host: str) -> Address:
+        """The same without Ray. Listens once, whoever asks."""
+        async with self._port:
+            if self._address is None:
+                welcome = Welcome(replica, self._parts.info)
+                self._line = LineServer(
+                    self.generate, secret=self._secret, welcome=welcome, status=self.status, limits=self._limits
+                )
+                self._address = Address(replica, host, await self._line.start(host))
+            return self._address
 
-    async def ready(self) -> str | None:
-        """None: work is taken. Else why not."""
-        if self._parts.engine.ready:
-            return None
-        return "the engine is draining" if self._parts.engine.healthy else "the engine has stopped making steps"
-
-    async def stats(self) -> tuple[str, bytes]:
-        """(replica id, `Stats`)."""
-        return _replica_id(), _encode(self._parts.engine.stats())
-
-    async def check_health(self) -> None:
-        """Serve calls this and replaces the replica when it raises. A process that makes no step is dead."""
-        if not self._parts.engine.healthy:
-            raise EngineDead("the engine has stopped making steps")
-
-    async def shutdown(self) -> None:
-        """Drain to the deadline, then end the rest with a terminal event each."""
-        await self._parts.engine.drain(self._parts.drain_timeout_s)
-        await asyncio.to_thread(self.close)
-
-    def close(self) -> None:
-        """End the engine and the grammar processes. Idempotent."""
-        self._parts.engine.close()
-        self._parts.grammars.close()
-
-    def __del__(self) -> None:  # Serve calls it last, after its own draining
-        if hasattr(self, "_parts"):  # not so where building it failed
-            self.close()
-
-    async def _frames(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+        """One log's events. Closing or cancelling aborts the generation within a step."""
         constraint = await self._constraint(request)
         async with aclosing(self._parts.engine.generate(request, constraint)) as batches:
             async for batch in batches:
@@ -130,6 +103,33 @@ class Replica:
                         yield rest
                     raise EngineDead(batch[-1].error or "the engine died")
                 yield batch
+
+    def status(self) -> tuple[str | None, Stats]:
+        """(why no work is taken, None where it is; how things stand)."""
+        engine = self._parts.engine
+        if engine.ready:
+            return None, engine.stats()
+        problem = "the engine is draining" if engine.healthy else "the engine has stopped making steps"
+        return problem, engine.stats()
+
+    async def check_health(self) -> None:
+        """Serve calls this and replaces the replica when it raises. A process that makes no step is dead."""
+        if not self._parts.engine.healthy:
+            raise EngineDead("the engine has stopped making steps")
+
+    async def shutdown(self) -> None:
+        """Drain to the deadline, then end the rest with a terminal event each, and the line behind them."""
+        if self._line is not None:
+            self._line.goodbye()
+        await self._parts.engine.drain(self._parts.drain_timeout_s)
+        await asyncio.to_thread(self.close)
+        if self._line is not None:
+            await self._line.close(LAST_EVENTS_S)
+
+    def close(self) -> None:
+        """End the engine and the grammar processes. Idempotent."""
+        self._parts.engine.close()
+        self._parts.grammars.close()
 
     async def _constraint(self, request: GenerationRequest) -> Constraint:
         """Behind the log's tokens. Checked in a process that may be killed, made in a thread: nobody waits for it."""
@@ -141,79 +141,33 @@ class Replica:
         return await asyncio.to_thread(grammars.constraint, spec, request.tokens)
 
 
-class HandleBackend:
-    """A `Backend` over a Ray Serve DeploymentHandle to `Replica`s."""
+class ServeDirectory:
+    """Where a Serve deployment's replicas listen. `handle`: a DeploymentHandle to `Replica`s."""
 
     def __init__(self, handle: Any, *, timeout_s: float = 1.0) -> None:
         self._handle = handle
-        self._streams = handle.options(stream=True)
         self._timeout_s = timeout_s
 
-    async def generate(
-        self, request: GenerationRequest, replica: str | None = None
-    ) -> AsyncGenerator[list[TokenEvent], None]:
-        response = self._streams.generate.remote(_encode(request))
-        ended = False
+    async def __call__(self) -> list[Address]:
+        """Those that answer. Raises whatever Serve raises where none can."""
         try:
-            async for payload in response:
-                frame = _decode_frame(payload)
-                if isinstance(frame, Failure):
-                    ended = True
-                    raise error_of(frame)
-                ended = bool(frame) and frame[-1].finish_reason is not None
-                yield frame
-            ended = True
-        except ShoalError:
-            raise
-        except Exception as error:
-            raise _lost(error) from error
-        finally:
-            if not ended:
-                with suppress(Exception):  # of a response that failed already
-                    response.cancel()
-
-    async def info(self) -> ModelInfo:
-        return msgspec.msgpack.decode(await self._ask("info"), type=ModelInfo)
-
-    async def ready(self) -> None:
-        reason = await self._ask("ready")
-        if reason is not None:
-            raise Unavailable(f"not ready: {reason}")
-
-    async def stats(self) -> Mapping[str, Stats]:
-        try:
-            answers = await self._handle.broadcast("stats").results_async(
+            answers = await self._handle.broadcast("address").results_async(
                 timeout_s=self._timeout_s, return_exceptions=True
             )
-        except Exception as error:  # noqa: BLE001 - metrics never fail a scrape
-            logger.warning("no statistics from the replicas: %s", type(error).__name__)
-            return {}
-        return {answer[0]: _decode_stats(answer[1]) for answer in answers if not isinstance(answer, BaseException)}
-
-    async def _ask(self, method: str) -> Any:
-        """Raises Unavailable where no replica answers in time."""
-        response = getattr(self._handle, method).remote()
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await response
         except TimeoutError:
-            response.cancel()
-            raise Unavailable(f"not ready: no replica answered within {self._timeout_s:g} s") from None
-        except Exception as error:
-            raise Unavailable(f"not ready: the replica failed with {type(error).__name__}") from error
-
-
-def _lost(error: Exception) -> ShoalError:
-    """What an exception of the line means to a request."""
-    from ray.serve.exceptions import BackPressureError
-
-    if isinstance(error, BackPressureError):
-        return QueueFull("all replicas have full queues (max_queued)", retry_after=error.retry_after_s or 1.0)
-    logger.warning("lost a replica in mid-stream: %s", type(error).__name__)
-    return ReplicaLost("the replica was lost before the answer's end")
+            # One that hangs holds up the answer of all: ask one that Serve thinks well of.
+            async with asyncio.timeout(self._timeout_s):
+                answers = [await self._handle.address.remote()]
+        return [answer for answer in answers if isinstance(answer, Address)]
 
 
 def _replica_id() -> str:
     from ray import serve
 
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def _node_address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
+from ..kernels.select import prepare_ops
 from ..parallel.comm import SoloComm
 from ..parallel.grid import Grid
 from ..parallel.group import GroupStartError, LocalGroup, RankInfo, WorkerGroup
@@ -67,6 +68,7 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None, launcher
     if device.type == "cpu":
         # oneDNN keeps a compiled product for each of the last 1024 shapes, some 300 MB of them; a step needs a few.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    prepare_ops(device)
     path = resolve_model(config.model)
     spec = ModelSpec.from_config(open_checkpoint(path).config, max_len=config.max_model_len)
     resolved = config.model_copy(

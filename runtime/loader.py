@@ -293,7 +293,7 @@ class _Builder:
         bias = self._reader.bias(vocab_pieces(spec, head, self._vocab)) if spec.head_bias else None
         return Head(
             self._norm(self._reader.prefix + spec.names.final_norm, spec.hidden_size).alone(),
-            vocab_linear(layer, bias, vocab_size=spec.vocab_size, comm=self._comm),
+            vocab_linear(layer, bias),
             scale=spec.logit_scale,
             softcap=spec.logit_softcap,
         )

@@ -135,7 +135,7 @@ def build_worker(
         table=table,
         runner=runner,
         entry=_entry(share, runner, table=table, ring=ring, depth=rank_spec.depth),
-        exit=_exit(share, runner, table=table, ring=ring, sampler=Sampler(ops, share.spec.vocab_size)),
+        exit=_exit(share, runner, table=table, ring=ring, sampler=Sampler(ops, share.spec.vocab_size, comm=comm)),
         station=station,
         num_threads=num_threads if ops.device.type == "cpu" else None,
     )

@@ -252,4 +252,4 @@ class DrawnAndReturned(Drawn):
 
     def _remember(self, batch: StepBatch, tokens_R: Tensor) -> None:
         super()._remember(batch, tokens_R)
-        self._ring.send(tokens_R.to(self._sampler.ops.device))
+        self._ring.send(tokens_R.to(batch.rows_R.device))

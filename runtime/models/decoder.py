@@ -179,6 +179,6 @@ class Decoder:
         return residual_TD.add_(delta_TD)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """[R, V] float32, fresh: final norm, head, scale, softcap. Asked only for rows that need it."""
+        """[R, this rank's V] float32, fresh: final norm, head, scale, softcap. Asked only for rows that need it."""
         assert self._exit is not None, "only the last stage has a head"
         return self._exit(hidden_RD)

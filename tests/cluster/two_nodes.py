@@ -49,13 +49,15 @@ def main(model: str, port: int, folder: Path) -> None:
         while status_of("127.0.0.1", port, "/ready") != 200:
             assert time.monotonic() < deadline, board.refusal
             time.sleep(0.2)
-        print("ready", flush=True)
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
         for command in sys.stdin:
             if command.strip() == "leave":
                 cluster.remove_node(second, allow_graceful=False)
             else:
                 second = cluster.add_node(num_cpus=1)
-            print(command.strip(), flush=True)
+            sys.stdout.write(command)
+            sys.stdout.flush()
         serve.shutdown()
     finally:
         ray.shutdown()

@@ -225,6 +225,19 @@ def test_sampling_is_the_reference(ops: CpuOps, reference: ReferenceOps, kind: s
             assert torch.equal(ops.sample(one, alone), reference.sample(one, alone))
 
 
+@pytest.mark.parametrize("spread", [1e-4, 0.3, 3.0, 20.0, 1e6])
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 100.0])
+def test_no_token_that_could_win_is_passed_over(
+    ops: CpuOps, reference: ReferenceOps, spread: float, temperature: float
+) -> None:
+    """Of a long row most tokens are ruled out by a bound before their noise is known."""
+    for seed in range(4):
+        logits = torch.randn(16, 9000) * spread
+        logits[::2, 1::2] = float("-inf")
+        sampling = make_sampling([(temperature, 0, 1.0, 0.0)] * 16, seed)
+        assert torch.equal(ops.sample(logits, sampling), reference.sample(logits, sampling))
+
+
 @pytest.mark.parametrize("row", [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 5, 0.9, 0.1)])
 def test_bad_rows_fail_alone(ops: CpuOps, reference: ReferenceOps, row: tuple[float, int, float, float]) -> None:
     logits = torch.randn(4, 3000)

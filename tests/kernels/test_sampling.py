@@ -224,6 +224,27 @@ def test_kernels_draw_what_the_reference_draws(
     assert ops.sample(logits, sampling).tolist() == reference.sample(logits, sampling).tolist()
 
 
+def test_draws_of_shards_hold_the_draw_of_the_whole(ops: TritonOps, reference: ReferenceOps) -> None:
+    logits = torch.randn(len(ROWS), 5003, device=ops.device) * 4
+    logits[3, :2000], logits[4, 100], logits[5, 4000] = -INF, torch.nan, INF
+    sampling = make_sampling(ROWS, ops.device)
+    scaled = definitions.scale_by_temperature(logits, sampling.temperature_R)
+    threshold_R = scaled.topk(9, dim=-1).values[:, -1].nan_to_num(nan=-INF)
+    for thresholds in (None, threshold_R):
+        whole = reference.draw(logits, sampling, first_id=0, threshold_R=thresholds)
+        for implementation in (ops, reference):
+            parts = [
+                implementation.draw(logits[:, cut], sampling, first_id=cut.start, threshold_R=thresholds)
+                for cut in (slice(0, 1700), slice(1700, 3400), slice(3400, 5003))
+            ]
+            scores_SR = torch.stack([part.score_R for part in parts])
+            torch.testing.assert_close(scores_SR.amax(0), whole.score_R, rtol=1e-5, atol=1e-5)
+            tokens_R = torch.stack([part.token_R for part in parts]).gather(0, scores_SR.argmax(0)[None])[0]
+            usable_R = whole.score_R.isfinite()
+            assert usable_R.tolist() == [row not in (4, 5) for row in range(len(ROWS))]
+            assert tokens_R[usable_R].tolist() == whole.token_R[usable_R].tolist()
+
+
 @pytest.mark.parametrize("rows", [[How()], [GREEDY], [How(top_k=5)], [How(top_p=0.7)], [How(0.5, min_p=0.1)]])
 def test_flags_leave_out_only_what_is_unused(ops: TritonOps, reference: ReferenceOps, rows: list[How]) -> None:
     logits = torch.randn(8, 400, device=ops.device) * 3

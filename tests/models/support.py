@@ -1,5 +1,6 @@
 """A model of transformers beside the folder it was saved in, and a paged run of ours to hold against it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,18 @@ class Sequence:
 class PagedRun:
     """Greedy decoding of several sequences over one shuffled paged cache, prompts in chunks."""
 
-    def __init__(self, decoder: Decoder, *, kv_shape: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        kv_shape: tuple[int, int] | None = None,
+        whole: Callable[[Tensor], Tensor] = lambda logits: logits,
+    ) -> None:
+        """whole: makes whole rows of a rank's columns of the logits."""
         heads, dim = kv_shape or decoder.spec.kv_shape()
         shape = (NUM_PAGES, heads, PAGE, dim)
         self.decoder = decoder
+        self.whole = whole
         # Rubbish where nothing was written yet: reading it would show.
         self.cache = [KVLayer(torch.full(shape, 1e4), torch.full(shape, 1e4)) for _ in decoder.layers]
         self.free = torch.randperm(NUM_PAGES, generator=torch.Generator().manual_seed(3)).tolist()
@@ -110,7 +119,7 @@ class PagedRun:
         hidden = self.decoder.forward(
             torch.tensor(ids), torch.tensor(positions), torch.tensor(slots), batch, self.cache
         )
-        logits = self.decoder.logits(hidden)
+        logits = self.whole(self.decoder.logits(hidden))
         for (sequence, count), rows in zip(work, logits.split(list(batch.query_lens)), strict=True):
             sequence.logits.append(rows)
             sequence.computed += count

@@ -2,9 +2,13 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+from shoal.parallel.partition import cut_vocab, length
 
 from .support import PagedRun, prompts_of
 
@@ -55,17 +59,27 @@ class LockstepComm:
         return self.group.exchange(self.shard, x)
 
 
+def whole_rows(logits, *, vocab_size, comm):
+    """Of each rank's columns; a gather wants equal shapes."""
+    sizes = [length(cut_vocab(vocab_size, shard=shard, size=comm.size)) for shard in range(comm.size)]
+    assert logits.shape[1] == sizes[comm.shard]
+    parts = comm.all_gather(F.pad(logits, (0, max(sizes) - logits.shape[1])))
+    return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_shards_agree_with_transformers(case, tiny):
     model_type, size, changes = CASES[case]
     made = tiny(model_type, **changes)
     group = Lockstep(size)
-    decoders = [made.decoder(comm=LockstepComm(group, shard)) for shard in range(size)]
+    comms = [LockstepComm(group, shard) for shard in range(size)]
+    decoders = [made.decoder(comm=comm) for comm in comms]
 
     def run(shard):
         decoder = decoders[shard]
         kv_shape = decoder.spec.kv_shape(shard=shard, shards=size)
-        return PagedRun(decoder, kv_shape=kv_shape).run(prompts_of(decoder.spec.vocab_size), produce=3)
+        whole = partial(whole_rows, vocab_size=decoder.spec.vocab_size, comm=comms[shard])
+        return PagedRun(decoder, kv_shape=kv_shape, whole=whole).run(prompts_of(decoder.spec.vocab_size), produce=3)
 
     with ThreadPoolExecutor(size) as pool:
         results = list(pool.map(run, range(size)))

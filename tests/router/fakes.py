@@ -9,16 +9,17 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
-import msgspec
 import uvicorn
 
 from shoal.router.api import create_app
-from shoal.router.backend import ModelInfo
+from shoal.router.backend import ModelInfo, ReplicaState
 from shoal.router.config import RouterConfig
 from shoal.router.ingress import Ingress
+from shoal.router.line import LineLimits
+from shoal.router.line_client import Address, LineBackend
 from shoal.router.replica import Replica
 from shoal.runtime.errors import Unavailable
 from shoal.runtime.generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
@@ -30,6 +31,8 @@ from ..tiny import EOS, TEMPLATE, byte_text
 VOCAB_SIZE = 260
 MAX_MODEL_LEN = 512
 MODEL = "tiny"
+SECRET = b"s" * 32
+LINE_LIMITS = LineLimits(beat_s=0.02)
 ANSWER = "The capital of France is Paris."
 INFO = ModelInfo(
     model=MODEL, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, eos_token_ids=[EOS], created=1_700_000_000
@@ -120,6 +123,9 @@ class FakeBackend:
     async def stats(self) -> dict[str, Stats]:
         return {"r1": Stats(num_running=self.live, num_blocks=10, num_blocks_held=4, generation_tokens=42, steps=7)}
 
+    def replicas(self) -> dict[str, ReplicaState]:
+        return {}
+
 
 def _logprob(token: int, num_top: int) -> TokenLogprob:
     """The token itself first, then its neighbours."""
@@ -127,67 +133,32 @@ def _logprob(token: int, num_top: int) -> TokenLogprob:
     return TokenLogprob(-0.5, 1, top)
 
 
-class FakeHandle:
-    """A DeploymentHandle to one replica in this process."""
-
-    def __init__(self, replica: Replica) -> None:
-        self._replica = replica
-        self.cancelled = 0
-        self.breaks: Exception | None = None
-
-    def broadcast(self, method: str) -> FakeHandle:
-        return self
-
-    async def results_async(self, **options: Any) -> list[tuple[str, bytes]]:
-        return [("r1", msgspec.msgpack.encode(self._replica._parts.engine.stats()))]
-
-    def options(self, *, stream: bool) -> FakeHandle:
-        return self
-
-    def __getattr__(self, method: str) -> Any:
-        class Method:
-            @staticmethod
-            def remote(*arguments: Any) -> Any:
-                result = getattr(self._replica, method)(*arguments)
-                return Stream(self, result) if method == "generate" else Call(result)
-
-        return Method
+@asynccontextmanager
+async def line_to(replica: Replica) -> AsyncIterator[LineBackend]:
+    """The real line to a replica in this process."""
+    backend = line_backend(replica)
+    backend.start()
+    try:
+        while not backend.replicas():
+            await asyncio.sleep(0.001)
+        yield backend
+    finally:
+        await backend.close()
 
 
-class Call:
-    def __init__(self, result: Any) -> None:
-        self._result = result
+def line_backend(replica: Replica) -> LineBackend:
+    """Yet to be started, in the event loop that is to run both."""
 
-    def __await__(self) -> Any:
-        return self._result.__await__()
+    async def find() -> list[Address]:
+        return [await replica.listen("r1", "127.0.0.1")]
 
-    def cancel(self) -> None: ...
-
-
-class Stream:
-    def __init__(self, handle: FakeHandle, frames: AsyncIterator[bytes]) -> None:
-        self._handle = handle
-        self._frames = frames
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> bytes:
-        frame = await anext(self._frames)
-        if self._handle.breaks is not None:
-            raise self._handle.breaks
-        return frame
-
-    def cancel(self) -> None:
-        self._handle.cancelled += 1
+    return LineBackend(find, secret=SECRET, limits=LINE_LIMITS)
 
 
 class Server:
     """uvicorn on a loopback port, in a thread of its own. loaded: whether the ingress is open from the start."""
 
-    def __init__(
-        self, config: RouterConfig | None = None, backend: FakeBackend | None = None, *, loaded: bool = True
-    ) -> None:
+    def __init__(self, config: RouterConfig | None = None, backend: Any = None, *, loaded: bool = True) -> None:
         self.backend = backend or FakeBackend()
         self.ingress = Ingress(self.backend, config or RouterConfig(served_model_name=(MODEL, "alias")))
         if loaded:

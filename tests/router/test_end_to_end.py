@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shoal.router.replica import HandleBackend, Parts, Replica
+from shoal.router.replica import Parts, Replica
 from shoal.runtime.async_engine import AsyncEngine
 from shoal.runtime.blocks import BlockPool
 from shoal.runtime.engine import Engine
@@ -23,7 +24,18 @@ from shoal.runtime.text import choice_seed
 
 from ..runtime.fakes import POISON, FakeGroup, FakeWorker, isolated
 from ..tiny import EOS, byte_text
-from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, FakeHandle, ModelInfo, Server, request_bytes, wait_for
+from .fakes import (
+    LINE_LIMITS,
+    MAX_MODEL_LEN,
+    MODEL,
+    SECRET,
+    VOCAB_SIZE,
+    ModelInfo,
+    Server,
+    line_backend,
+    request_bytes,
+    wait_for,
+)
 
 COMPLETIONS = "/v1/completions"
 LIMITS = Limits(
@@ -46,10 +58,14 @@ def parts() -> Parts:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    replica = Replica(parts)
-    with Server(backend=HandleBackend(FakeHandle(replica))) as running:
+    replica = Replica(parts, SECRET, limits=LINE_LIMITS)
+    backend = line_backend(replica)
+    with Server(backend=backend) as running:
+        running.loop.call_soon_threadsafe(backend.start)
+        wait_for(backend.replicas, "the line")
         yield running
-    replica.close()
+        asyncio.run_coroutine_threadsafe(backend.close(), running.loop).result(5)
+        asyncio.run_coroutine_threadsafe(replica.shutdown(), running.loop).result(5)
 
 
 def stats(server: Server) -> dict[str, float]:
@@ -151,7 +167,7 @@ def test_leaving_frees_the_engine(server: Server) -> None:
     body = {"model": MODEL, "prompt": ["a"] * 20, "max_tokens": 500, "ignore_eos": True, "stream": True}
     with server.connect() as sock:
         sock.sendall(request_bytes("POST", COMPLETIONS, json.dumps(body).encode()))
-        sock.recv(100)
+        wait_for(lambda: stats(server)["shoal_num_requests_running"] > 0, "the generations to run")
     wait_for(lambda: stats(server)["shoal_num_requests_running"] == 0, "the abort")
     found = stats(server)
     assert found["shoal_num_requests_waiting"] == 0

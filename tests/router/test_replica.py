@@ -1,18 +1,20 @@
-"""A replica and the ingress's side of the line to it, without Ray: the handle is a fake, the frames are real."""
+"""A replica behind the real line, and how an ingress finds it, without Ray: engine and handle are fakes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import random
+from collections.abc import AsyncGenerator, Iterable
+from itertools import count
 from typing import Any
 
 import pytest
 
-from shoal.router import replica as line
-from shoal.router.backend import Failure, ModelInfo, ReplicaLost, error_of, failure_of
-from shoal.router.balance import AnyReplica
+from shoal.router.backend import Failure, ModelInfo, ReplicaLost, ReplicaState, error_of, failure_of
+from shoal.router.balance import AnyReplica, LeastLoaded
+from shoal.router.line_client import Address, LineBackend
 from shoal.router.metrics import ReplicaBook
-from shoal.router.replica import HandleBackend, Parts, Replica
+from shoal.router.replica import Parts, Replica, ServeDirectory
 from shoal.router.resume import follow
 from shoal.runtime import errors as e
 from shoal.runtime.generation import (
@@ -26,7 +28,7 @@ from shoal.runtime.generation import (
 from shoal.runtime.grammar import FREE, Constraint
 from shoal.runtime.stats import Stats
 
-from .fakes import FakeHandle
+from .fakes import LINE_LIMITS, SECRET, line_to
 
 INFO = ModelInfo(model="tiny", max_model_len=512, vocab_size=260, eos_token_ids=[257])
 
@@ -38,7 +40,7 @@ class FakeEngine:
         self.ended = 0
         self.closed = False
         self.constraints: list[Constraint] = []
-        self.batches: list[list[TokenEvent] | Exception] = []
+        self.batches: Iterable[list[TokenEvent] | Exception] = []
 
     async def generate(
         self, request: GenerationRequest, constraint: Constraint = FREE
@@ -75,9 +77,8 @@ class FakeGrammars:
     def close(self) -> None: ...
 
 
-def build(engine: FakeEngine) -> tuple[HandleBackend, FakeHandle]:
-    handle = FakeHandle(Replica(lambda: Parts(engine, FakeGrammars(), INFO)))
-    return HandleBackend(handle, timeout_s=0.1), handle
+def build(engine: FakeEngine) -> Replica:
+    return Replica(lambda: Parts(engine, FakeGrammars(), INFO), SECRET, limits=LINE_LIMITS)
 
 
 def request(**fields: Any) -> GenerationRequest:
@@ -89,22 +90,27 @@ def token(start: int, *, end: FinishReason | None = None, error: str | None = No
     return TokenEvent(id="a-0", start=start, tokens=[65], logprobs=logprobs, finish_reason=end, error=error)
 
 
-async def collect(backend: HandleBackend, asked: GenerationRequest) -> list[TokenEvent]:
+async def collect(backend: LineBackend, asked: GenerationRequest) -> list[TokenEvent]:
     return [event async for batch in follow(asked, backend=backend, balancer=AnyReplica()) for event in batch]
 
 
 def run(engine: FakeEngine, asked: GenerationRequest | None = None) -> list[TokenEvent]:
-    return asyncio.run(collect(build(engine)[0], asked or request()))
+    async def main() -> list[TokenEvent]:
+        replica = build(engine)
+        async with line_to(replica) as backend:
+            events = await collect(backend, asked or request())
+        await replica.shutdown()
+        return events
+
+    return asyncio.run(asyncio.wait_for(main(), 20))
 
 
 def test_events_cross_the_line_as_they_are() -> None:
     engine = FakeEngine()
     events = [token(0), token(1), token(2, end=FinishReason.LENGTH)]
     engine.batches = [events[:2], events[2:]]
-    backend, handle = build(engine)
-    assert asyncio.run(collect(backend, request())) == events
+    assert run(engine) == events
     assert engine.ended == 1
-    assert handle.cancelled == 0
 
 
 @pytest.mark.parametrize(
@@ -164,83 +170,128 @@ def test_a_row_that_fails_alone_is_an_event() -> None:
     assert run(engine)[-1].finish_reason is FinishReason.ERROR
 
 
-def test_a_broken_line_is_a_lost_replica() -> None:
+def test_leaving_a_stream_aborts_the_generation() -> None:
     engine = FakeEngine()
-    engine.batches = [[token(0)], [token(1)]]
+    engine.batches = ([token(i)] for i in count())
 
     async def main() -> None:
-        backend, handle = build(engine)
-        handle.breaks = ConnectionError("actor died")
-        with pytest.raises(ReplicaLost):
-            await collect(backend, request())
-        assert handle.cancelled == 1
+        async with line_to(build(engine)) as backend:
+            stream = backend.generate(request())
+            await anext(stream)
+            await stream.aclose()
+            while not engine.ended:
+                await asyncio.sleep(0.001)
 
-    asyncio.run(main())
-
-
-def test_leaving_a_stream_cancels_it() -> None:
-    engine = FakeEngine()
-    engine.batches = [[token(i)] for i in range(100)]
-
-    async def main() -> None:
-        backend, handle = build(engine)
-        stream = backend.generate(request())
-        await anext(stream)
-        await stream.aclose()
-        assert handle.cancelled == 1
-
-    asyncio.run(main())
-
-
-def test_closing_the_replica_s_stream_aborts_the_generation() -> None:
-    engine = FakeEngine()
-    engine.batches = [[token(i)] for i in range(100)]
-
-    async def main() -> None:
-        stream = Replica(lambda: Parts(engine, FakeGrammars(), INFO)).generate(line._encode(request()))
-        await anext(stream)
-        await stream.aclose()  # type: ignore[attr-defined]
-        assert engine.ended == 1
-
-    asyncio.run(main())
+    asyncio.run(asyncio.wait_for(main(), 10))
 
 
 def test_info_ready_and_health() -> None:
     engine = FakeEngine()
-    backend, handle = build(engine)
 
     async def main() -> None:
-        assert await backend.info() == INFO
-        await backend.ready()
-        engine.ready = False
-        with pytest.raises(e.Unavailable, match="draining"):
+        replica = build(engine)
+        async with line_to(replica) as backend:
+            assert await backend.info() == INFO
             await backend.ready()
-        await handle._replica.check_health()
-        engine.healthy = False
-        with pytest.raises(e.Unavailable, match="stopped making steps"):
-            await backend.ready()
-        with pytest.raises(e.EngineDead):
-            await handle._replica.check_health()
+            assert await backend.stats() == {"r1": engine.stats()}
+            engine.ready = False
+            await not_ready(backend, "draining")
+            await replica.check_health()
+            engine.healthy = False
+            await not_ready(backend, "stopped making steps")
+            with pytest.raises(e.EngineDead):
+                await replica.check_health()
 
-    asyncio.run(main())
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
+async def not_ready(backend: LineBackend, reason: str) -> None:
+    while True:
+        try:
+            await backend.ready()
+        except e.Unavailable as error:
+            if reason in str(error):
+                return
+        await asyncio.sleep(0.001)
 
 
 def test_a_replica_that_is_shut_down_drains_and_closes() -> None:
+    """Its last events arrive."""
     engine = FakeEngine()
-    asyncio.run(Replica(lambda: Parts(engine, FakeGrammars(), INFO)).shutdown())
+    engine.batches = [[token(i)] for i in range(20)] + [[token(20, end=FinishReason.ABORT)]]
+
+    async def main() -> None:
+        replica = build(engine)
+        async with line_to(replica) as backend:
+            stream = backend.generate(request())
+            await anext(stream)
+            await replica.__del__()
+            rest = [event async for batch in stream for event in batch]
+            assert rest[-1].finish_reason is FinishReason.ABORT
+            with pytest.raises(e.Unavailable):
+                await backend.ready()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
     assert not engine.ready
     assert engine.closed
 
 
-def test_a_replica_that_does_not_answer_is_not_ready() -> None:
-    backend, handle = build(FakeEngine())
+def test_listens_once_whoever_asks() -> None:
+    async def main() -> None:
+        replica = build(FakeEngine())
+        first, *others = await asyncio.gather(*(replica.listen("r1", "127.0.0.1") for _ in range(5)))
+        assert others == [first] * 4
+        await replica.shutdown()
 
-    async def never() -> None:
-        await asyncio.sleep(30)
+    asyncio.run(main())
 
-    handle._replica.ready = never  # type: ignore[method-assign,assignment]
-    with pytest.raises(e.Unavailable, match=r"within 0\.1 s"):
-        asyncio.run(backend.ready())
+
+class FakeHandle:
+    """A DeploymentHandle. answers: of all replicas, None where one of them hangs."""
+
+    def __init__(self, answers: list[Any] | None) -> None:
+        self._answers = answers
+        self.address = self
+
+    def broadcast(self, method: str) -> FakeHandle:
+        assert method == "address"
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        assert return_exceptions
+        if self._answers is None:
+            raise TimeoutError
+        return self._answers
+
+    async def remote(self) -> Address:
+        return HERE
+
+
+HERE = Address("r1", "127.0.0.1", 1)
+
+
+@pytest.mark.parametrize("answers", [[HERE, RuntimeError("died")], None])
+def test_the_directory_lists_who_answers(answers: list[Any] | None) -> None:
+    assert asyncio.run(ServeDirectory(FakeHandle(answers))()) == [HERE]
+
+
+def test_the_least_loaded_replica_is_chosen() -> None:
+    def state(owed: int, sent: int = 0, problem: str | None = None) -> ReplicaState:
+        return ReplicaState(problem=problem, stats=Stats(tokens_owed=owed), in_flight=0, tokens_sent=sent)
+
+    states: dict[str, ReplicaState] = {}
+    balancer = LeastLoaded(lambda: states, rng=random.Random(0))
+
+    def choices(*lost: str) -> set[str | None]:
+        return {balancer.choose(request(), lost=frozenset(lost)) for _ in range(50)}
+
+    assert choices() == {None}
+    states.update(a=state(100), b=state(10, 50), c=state(60), d=state(0, problem="draining"))
+    assert choices() == {"b", "c"}
+    assert choices("b", "c") == {"a"}
+    assert choices("a", "b", "c") == {None}
+    states["b"] = state(10, 51)
+    assert choices() == {"c"}
 
 
 def test_totals_never_fall() -> None:

@@ -1,0 +1,120 @@
+// What stands between a layer's products: norms, rotation, the write into the cache, SwiGLU. In torch each is a handful of
+// calls, which cost more than the arithmetic when few tokens are decoded. Numbers are computed in float32 and rounded once.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "common.h"
+
+namespace shoal {
+namespace {
+
+// body(row) for all rows of `size` numbers each, on more threads than one where that saves time.
+template <class Body>
+void for_rows(long rows, long size, const Body& body) {
+    constexpr long kAlone = 1 << 16, kChunk = 1 << 13;
+    const long chunk = rows * size < kAlone ? std::max(rows, 1L) : std::max(kChunk / size, 1L);
+    parallel_for((rows + chunk - 1) / chunk, [&](long at) {
+        for (long row = at * chunk; row < std::min(rows, (at + 1) * chunk); row++) body(row);
+    });
+}
+
+// x / rms(x) * weight. With a residual, that becomes residual + x first, and is what is normalised.
+template <class T>
+void norm_row(T* out, const T* x, float* residual, const float* weight, long dim, float eps) {
+    __m512 squares = _mm512_setzero_ps();
+    for (long i = 0; i < dim; i += 16) {
+        __m512 value = load(x + i);
+        if (residual) {
+            value = _mm512_add_ps(value, load(residual + i));
+            store(residual + i, value);
+        }
+        squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / dim + eps));
+    for (long i = 0; i < dim; i += 16) {
+        const __m512 value = residual ? load(residual + i) : load(x + i);
+        store(out + i, _mm512_mul_ps(_mm512_mul_ps(value, scale), load(weight + i)));
+    }
+}
+
+// shape: tokens, heads, dim, and the numbers from one token of x, one head of x to the next. out is contiguous.
+template <class T>
+void norm(void* out, const void* x, float* residual, const float* weight, float eps, const long* shape) {
+    const long heads = shape[1], dim = shape[2];
+    for_rows(shape[0] * heads, dim, [&](long row) {
+        const T* from = (const T*)x + row / heads * shape[3] + row % heads * shape[4];
+        norm_row((T*)out + row * dim, from, residual ? residual + row * dim : nullptr, weight, dim, eps);
+    });
+}
+
+// Rotates pairs (i, i + half) of one head.
+template <class T>
+void rotate(T* x, const float* cos, const float* sin, long half) {
+    for (long i = 0; i < half; i += 16) {
+        const __m512 a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(x + i, _mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c)));
+        store(x + half + i, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
+    }
+}
+
+// shape: tokens, heads of q, of k, rotated dims, and the numbers from token to token and head to head of q and of k.
+template <class T>
+void rope(void* q, void* k, const int64_t* positions, const float* table, const long* shape) {
+    const long heads = shape[1], kv_heads = shape[2], dims = shape[3];
+    for_rows(shape[0], (heads + kv_heads) * dims, [&](long token) {
+        const float *cos = table + positions[token] * dims, *sin = cos + dims / 2;
+        for (long head = 0; head < heads; head++)
+            rotate((T*)q + token * shape[4] + head * shape[5], cos, sin, dims / 2);
+        for (long head = 0; head < kv_heads; head++)
+            rotate((T*)k + token * shape[6] + head * shape[7], cos, sin, dims / 2);
+    });
+}
+
+// silu(gate) * up of rows [gate, up]. shape: rows, columns of the result, numbers from one row of x to the next.
+template <class T>
+void swiglu(void* out, const void* x, const long* shape) {
+    const long columns = shape[1];
+    for_rows(shape[0], 4 * columns, [&](long row) {  // an exponential counts for a few numbers
+        const T* gate = (const T*)x + row * shape[2];
+        for (long i = 0; i < columns; i += 16) {
+            const __m512 g = load(gate + i), up = load(gate + columns + i);
+            const __m512 grown = exp2(_mm512_mul_ps(g, _mm512_set1_ps(-1.44269504088896341f)));
+            const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(grown, _mm512_set1_ps(1)));
+            store((T*)out + row * columns + i, _mm512_mul_ps(silu, up));
+        }
+    });
+}
+
+}  // namespace
+}  // namespace shoal
+
+#define FOR_TYPE(NAME, TYPE)                                                                                             \
+    extern "C" void shoal_norm_##NAME(void* out, const void* x, float* residual, const float* weight, float eps,        \
+                                      const long* shape) {                                                              \
+        shoal::norm<TYPE>(out, x, residual, weight, eps, shape);                                                        \
+    }                                                                                                                   \
+    extern "C" void shoal_rope_##NAME(void* q, void* k, const int64_t* positions, const float* table, const long* shape) { \
+        shoal::rope<TYPE>(q, k, positions, table, shape);                                                               \
+    }                                                                                                                   \
+    extern "C" void shoal_swiglu_##NAME(void* out, const void* x, const long* shape) { shoal::swiglu<TYPE>(out, x, shape); }
+
+FOR_TYPE(bf16, shoal::bf16)
+FOR_TYPE(fp16, shoal::fp16)
+FOR_TYPE(fp32, float)
+
+// Heads of `bytes` bytes each into their slots of a cache [pages, kv heads, page size, dim]; slot -1: nowhere. shape:
+// tokens, kv heads, page size, bytes, and the bytes from one token of k, and of v, to the next. Heads lie side by side.
+extern "C" void shoal_write_kv(char* k_cache, char* v_cache, const char* k, const char* v, const int64_t* slots,
+                               const long* shape) {
+    const long kv_heads = shape[1], page_size = shape[2], bytes = shape[3];
+    for (long token = 0; token < shape[0]; token++) {
+        if (slots[token] < 0) continue;
+        const long page = slots[token] / page_size, offset = slots[token] % page_size;
+        for (long head = 0; head < kv_heads; head++) {
+            const long at = ((page * kv_heads + head) * page_size + offset) * bytes;
+            std::memcpy(k_cache + at, k + token * shape[4] + head * bytes, bytes);
+            std::memcpy(v_cache + at, v + token * shape[5] + head * bytes, bytes);
+        }
+    }
+}

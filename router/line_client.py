@@ -1,0 +1,331 @@
+"""Station 7's end of the line: one connection to each replica, all generations over it.
+
+Ray Serve places, watches and restarts replicas; `find` asks it where they listen. A replica whose connection breaks, or
+that says nothing for `silence_s`, is lost with every generation on it, and looked for at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+
+import msgspec
+
+from ..runtime.errors import ShoalError, TooLarge, Unavailable
+from ..runtime.generation import GenerationRequest, TokenEvent
+from ..runtime.stats import Stats
+from .backend import ModelInfo, ReplicaLost, ReplicaState, error_of
+from .line import (
+    Abort,
+    Beat,
+    Events,
+    Failed,
+    FromReplica,
+    Goodbye,
+    LineError,
+    LineLimits,
+    Submit,
+    Welcome,
+    Wire,
+    family_of,
+    ingress_handshake,
+    set_socket,
+)
+
+logger = logging.getLogger("shoal.router")
+
+NONE_YET_S = 0.1  # between two searches while no replica is connected,
+MISSING_S = 1.0  # while one is missing,
+SETTLED_S = 5.0  # and otherwise, for those that are new
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where a replica listens: a numeric address and a port."""
+
+    replica: str
+    host: str
+    port: int
+
+
+Find = Callable[[], Awaitable[Iterable[Address]]]
+
+
+class LineBackend:
+    """A `Backend` over connections to replicas. `start` and all else belong to one event loop.
+
+    find: every replica there is, as far as it is known; may fail.
+    """
+
+    def __init__(
+        self, find: Find, *, secret: bytes, limits: LineLimits | None = None, rng: random.Random | None = None
+    ) -> None:
+        self._find = find
+        self._secret = secret
+        self._limits = limits or LineLimits()
+        self._rng = rng or random.Random()
+        self._links: dict[str, _Link] = {}
+        self._num_wanted = 1  # replicas that were there; fewer, and one is missing
+        self._break = asyncio.Event()
+        self._searching: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Look for replicas from now on."""
+        self._searching = asyncio.get_running_loop().create_task(self._search())
+
+    async def close(self) -> None:
+        """Leave every replica; what runs there for us is aborted. Idempotent."""
+        if self._searching is not None:
+            self._searching.cancel()
+            await asyncio.wait([self._searching])
+        for link in list(self._links.values()):
+            link.wire.cut("this ingress closed")
+        await asyncio.sleep(0)  # connections close in the loop's next turn
+
+    # Backend
+
+    async def generate(
+        self, request: GenerationRequest, replica: str | None = None
+    ) -> AsyncGenerator[list[TokenEvent], None]:
+        link = self._choose(replica)
+        stream = link.submit(request)
+        try:
+            while True:
+                events = await stream.take()
+                yield events
+                if events[-1].finish_reason is not None:
+                    return
+        finally:
+            link.leave(stream)
+
+    async def info(self) -> ModelInfo:
+        for link in self._links.values():
+            return link.welcome.info
+        raise Unavailable("not ready: no replica is connected")
+
+    async def ready(self) -> None:
+        problems = [link.problem for link in self._links.values()] or ["no replica is connected"]
+        if None not in problems:
+            raise Unavailable(f"not ready: {problems[0]}")
+
+    async def stats(self) -> Mapping[str, Stats]:
+        return {replica: link.beat.stats for replica, link in self._links.items()}
+
+    def replicas(self) -> Mapping[str, ReplicaState]:
+        return {replica: link.state() for replica, link in self._links.items()}
+
+    def _choose(self, replica: str | None) -> _Link:
+        """Raises Unavailable: no replica. ReplicaLost: not the one that was chosen."""
+        if replica is not None:
+            if replica not in self._links:
+                raise ReplicaLost("the replica was lost before it began")
+            return self._links[replica]
+        links = list(self._links.values())
+        if not links:
+            raise Unavailable("no replica is connected")
+        return self._rng.choice([link for link in links if link.problem is None] or links)
+
+    # Connections
+
+    async def _search(self) -> None:
+        while True:
+            self._break.clear()
+            await asyncio.gather(*map(self._connect, await self._addresses()))
+            missing = MISSING_S if len(self._links) < self._num_wanted else SETTLED_S
+            try:
+                async with asyncio.timeout(missing if self._links else NONE_YET_S):
+                    await self._break.wait()
+            except TimeoutError:
+                continue
+
+    async def _addresses(self) -> list[Address]:
+        try:
+            found = {address.replica: address for address in await self._find()}
+            return [address for replica, address in found.items() if replica not in self._links]
+        except Exception as error:  # noqa: BLE001 - Serve is asked again, whatever it was
+            logger.debug("no addresses of replicas: %s", type(error).__name__)
+            return []
+
+    async def _connect(self, address: Address) -> None:
+        link = _Link(self._limits, on_close=self._closed)
+        try:
+            async with asyncio.timeout(self._limits.handshake_s):
+                await link.connect(address, self._secret)
+            if not link.wire.is_open:
+                raise LineError("it broke at once")
+        except Exception as error:  # noqa: BLE001 - whatever it was, the search goes on
+            link.wire.cut("given up")
+            logger.warning("no line to replica %s: %s", address.replica, error or type(error).__name__)
+            return
+        self._links[address.replica] = link
+        self._num_wanted = max(self._num_wanted, len(self._links))
+
+    def _closed(self, link: _Link, reason: str) -> None:
+        if link not in self._links.values():  # it never came so far
+            return
+        del self._links[link.welcome.replica]
+        if link.is_leaving:
+            self._num_wanted = max(1, self._num_wanted - 1)
+        else:
+            logger.warning("lost replica %s: %s", link.welcome.replica, reason)
+        self._break.set()
+
+
+class _Stream:
+    """One generation's events, from the connection to whoever follows them."""
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+        self.ended = False
+        self._events: list[TokenEvent] = []
+        self._error: ShoalError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, events: list[TokenEvent]) -> None:
+        if self.ended:
+            return
+        self._events = self._events + events if self._events else events
+        self.ended = events[-1].finish_reason is not None
+        self._wake()
+
+    def fail(self, error: ShoalError) -> None:
+        self._error, self.ended = error, True
+        self._wake()
+
+    async def take(self) -> list[TokenEvent]:
+        """All events that are there, at least one; behind the last the error that ended the stream."""
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        events, self._events = self._events, []
+        return events
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Link:
+    """One connection to one replica. `welcome` and `beat` are there once `connect` has returned."""
+
+    def __init__(self, limits: LineLimits, *, on_close: Callable[[_Link, str], None]) -> None:
+        self.wire: Wire
+        self.welcome: Welcome
+        self.beat: Beat
+        self.is_leaving = False
+        self._limits = limits
+        self._on_close = on_close
+        self._streams: dict[int, _Stream] = {}
+        self._num_submitted = 0
+        self._sent: deque[tuple[int, int]] = deque()  # (stream, tokens) that the last beat did not know of
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._watch: asyncio.TimerHandle | None = None
+
+    async def connect(self, address: Address, secret: bytes) -> None:
+        """Raises OSError, LineError."""
+        self.wire = Wire(self, ingress_handshake(secret), hears=FromReplica, limits=self._limits)
+        sock = socket.socket(family_of(address.host))
+        try:
+            set_socket(sock, self._limits)
+            await self._loop.sock_connect(sock, (address.host, address.port))
+        except BaseException:
+            sock.close()
+            raise
+        await self._loop.create_connection(lambda: self.wire, sock=sock)
+        await self._ready
+        if self.welcome.replica != address.replica:
+            raise LineError(f"replica {self.welcome.replica!r:.80} answers there")
+
+    def submit(self, request: GenerationRequest) -> _Stream:
+        """Raises TooLarge."""
+        self._num_submitted += 1
+        stream = _Stream(self._num_submitted)
+        try:
+            self.wire.send([Submit(stream.id, _encode(request))])
+        except LineError as error:
+            raise TooLarge(f"the request is too large: {error}") from None
+        self._streams[stream.id] = stream
+        output = request.params.max_tokens or 0
+        self._sent.append((stream.id, len(request.prompt) + output))
+        return stream
+
+    def leave(self, stream: _Stream) -> None:
+        """Nobody takes the stream's events any more."""
+        self._streams.pop(stream.id, None)
+        if not stream.ended and self.wire.is_open:
+            self.wire.send([Abort(stream.id)])
+
+    @property
+    def problem(self) -> str | None:
+        """Why this replica takes no work; None where it does."""
+        if self.is_leaving:
+            return "the replica is draining"
+        if self._loop.time() - self.wire.heard_at > 4 * self._limits.beat_s:
+            return "the replica does not answer"
+        return self.beat.problem
+
+    def state(self) -> ReplicaState:
+        return ReplicaState(
+            problem=self.problem,
+            stats=self.beat.stats,
+            in_flight=len(self._streams),
+            tokens_sent=sum(tokens for _, tokens in self._sent),
+        )
+
+    # Party
+
+    def opened(self) -> None:
+        self._watch = self._loop.call_later(self._limits.silence_s, self._check_silence, self._due())
+
+    def heard(self, message: FromReplica) -> None:
+        if isinstance(message, Events):
+            stream = self._streams.get(message.stream)  # it may have been left a moment ago
+            if stream is not None and message.events:
+                stream.push(message.events)
+        elif isinstance(message, Beat):
+            self._heard_beat(message)
+        elif isinstance(message, Failed):
+            stream = self._streams.get(message.stream)
+            if stream is not None:
+                stream.fail(error_of(message.failure))
+        elif isinstance(message, Welcome):
+            self.welcome = message
+        elif isinstance(message, Goodbye):
+            self.is_leaving = True
+
+    def closed(self, reason: str) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        if not self._ready.done():
+            self._ready.set_exception(LineError(reason))
+            return
+        self._on_close(self, reason)
+        for stream in self._streams.values():
+            if not stream.ended:
+                stream.fail(ReplicaLost("the replica was lost before the answer's end"))
+
+    def _heard_beat(self, beat: Beat) -> None:
+        self.beat = beat
+        while self._sent and self._sent[0][0] <= beat.received:
+            self._sent.popleft()
+        if not self._ready.done():
+            self._ready.set_result(None)
+
+    def _due(self) -> float:
+        return self._loop.time() + self._limits.silence_s
+
+    def _check_silence(self, due: float) -> None:
+        now, heard_at = self._loop.time(), self.wire.heard_at
+        # Called late, it was this process that stood still, and what came meanwhile is still to be read.
+        if now - heard_at >= self._limits.silence_s and now - due < self._limits.beat_s:
+            self.wire.cut(f"silent for {now - heard_at:.1f} s")
+            return
+        rest = max(self._limits.beat_s, heard_at + self._limits.silence_s - now)
+        self._watch = self._loop.call_later(rest, self._check_silence, now + rest)

@@ -1,0 +1,216 @@
+"""Station 8's end of the line: a listener on the node's own address, and the generations of every ingress behind it.
+
+Whatever becomes ready in one turn of the event loop leaves in one write to each ingress. One that does not keep up
+holds up nobody: what it leaves unread is buffered, and it is cut after `silence_s` or at `max_backlog`. A connection
+that ends takes its generations with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from functools import partial
+
+import msgspec
+
+from ..runtime.errors import EngineError, InvalidRequest, ShoalError
+from ..runtime.generation import GenerationRequest, TokenEvent
+from ..runtime.stats import Stats
+from .backend import Failure, failure_of
+from .line import (
+    Abort,
+    Beat,
+    Events,
+    Failed,
+    FromIngress,
+    FromReplica,
+    Goodbye,
+    LineError,
+    LineLimits,
+    Submit,
+    Welcome,
+    Wire,
+    family_of,
+    replica_handshake,
+    set_socket,
+)
+
+logger = logging.getLogger("shoal.router")
+
+MAX_STRANGERS = 64  # connections without a proof so far; more are refused, so that they cost nothing
+_decode_request = msgspec.msgpack.Decoder(GenerationRequest).decode
+
+Generate = Callable[[GenerationRequest], AsyncGenerator[list[TokenEvent], None]]
+
+
+class LineServer:
+    """Serves `generate` to whoever knows the secret. All methods belong to one event loop.
+
+    status: (why no work is taken or None, how things stand), asked for with every heartbeat.
+    """
+
+    def __init__(
+        self,
+        generate: Generate,
+        *,
+        secret: bytes,
+        welcome: Welcome,
+        status: Callable[[], tuple[str | None, Stats]],
+        limits: LineLimits | None = None,
+    ) -> None:
+        self.generate = generate
+        self.welcome = welcome
+        self.status = status
+        self.limits = limits or LineLimits()
+        self._secret = secret
+        self._peers: dict[_Peer, None] = {}  # in the order in which they came
+        self._server: asyncio.Server | None = None
+        self._beating: asyncio.Task[None] | None = None
+
+    async def start(self, host: str) -> int:
+        """Listen on `host`, a numeric address of this machine; returns the port."""
+        sock = socket.create_server((host, 0), family=family_of(host))
+        set_socket(sock, self.limits)  # accepted sockets have what the listening one has
+        self._server = await asyncio.get_running_loop().create_server(self._accept, sock=sock)
+        self._beating = asyncio.create_task(self._beat())
+        port: int = sock.getsockname()[1]
+        return port
+
+    def goodbye(self) -> None:
+        """Take no new connections, and tell the ingresses to send nothing more. What runs goes on."""
+        if self._server is not None:
+            self._server.close()
+        for peer in self._peers:
+            peer.post(Goodbye())
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Wait `grace_s` for what runs to end, and close every connection once all is sent. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+        runs = [run for peer in self._peers for run in peer.runs.values()]
+        if runs and grace_s:
+            await asyncio.wait(runs, timeout=grace_s)
+        if self._beating is not None:
+            self._beating.cancel()
+        for peer in list(self._peers):
+            peer.end()
+
+    def left(self, peer: _Peer) -> None:
+        self._peers.pop(peer, None)
+
+    def _accept(self) -> Wire:
+        peer = _Peer(self)
+        peer.wire = Wire(peer, replica_handshake(self._secret), hears=FromIngress, limits=self.limits)
+        strangers = [other for other in self._peers if not other.wire.is_open]
+        if len(strangers) >= MAX_STRANGERS:
+            strangers[0].wire.cut("too many strangers")
+        self._peers[peer] = None
+        return peer.wire
+
+    async def _beat(self) -> None:
+        while True:
+            problem, stats = self.status()
+            for peer in list(self._peers):
+                peer.post(Beat(problem, stats, peer.received))
+            await asyncio.sleep(self.limits.beat_s)
+
+
+class _Peer:
+    """One ingress. Invariant: a stream of its numbers ends with one terminal message, or the connection does."""
+
+    def __init__(self, server: LineServer) -> None:
+        self.wire: Wire
+        self.received = 0  # the last stream submitted
+        self.runs: dict[int, asyncio.Task[None]] = {}
+        self._server = server
+        self._outbox: list[FromReplica] = []
+        self._flush_is_due = False
+        self._loop = asyncio.get_running_loop()
+
+    def post(self, message: FromReplica) -> None:
+        """Send it with all else that this turn of the loop brings."""
+        if not self.wire.is_open:
+            return
+        self._outbox.append(message)
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            self._loop.call_soon(self._flush)
+
+    def end(self) -> None:
+        self._flush()
+        self.wire.end()
+
+    # Party
+
+    def opened(self) -> None:
+        problem, stats = self._server.status()
+        self.post(self._server.welcome)
+        self.post(Beat(problem, stats, 0))
+
+    def heard(self, message: FromIngress) -> None:
+        if isinstance(message, Abort):
+            run = self.runs.get(message.stream)
+            if run is not None:
+                run.cancel()
+            return
+        if message.stream <= self.received:
+            raise LineError(f"stream {message.stream} behind stream {self.received}")
+        self.received = message.stream
+        run = self._loop.create_task(self._run(message))
+        self.runs[message.stream] = run
+        run.add_done_callback(partial(self._over, message.stream))
+
+    def closed(self, reason: str) -> None:
+        logger.info("an ingress left the line: %s", reason)
+        self._server.left(self)
+        self._outbox = []
+        for run in self.runs.values():
+            run.cancel()
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        outbox, self._outbox = self._outbox, []
+        if not outbox:
+            return
+        try:
+            self.wire.send(outbox)
+        except LineError:
+            self._send_what_fits(outbox)
+
+    def _send_what_fits(self, outbox: list[FromReplica]) -> None:
+        """A message over the limit fails its own stream and no other."""
+        for message in outbox:
+            try:
+                self.wire.send([message])
+            except LineError as error:
+                assert isinstance(message, Events)
+                run = self.runs.get(message.stream)
+                if run is not None:
+                    run.cancel()
+                self.wire.send([Failed(message.stream, failure_of(EngineError(f"the answer is too large: {error}")))])
+
+    def _over(self, stream: int, run: asyncio.Task[None]) -> None:
+        self.runs.pop(stream, None)
+        if not run.cancelled() and (error := run.exception()) is not None:
+            logger.error("unexpected %s in a replica", type(error).__name__, exc_info=error)
+            text = "internal error in the replica; its log has it"
+            self.post(Failed(stream, Failure(kind=EngineError.__name__, message=text)))
+
+    async def _run(self, submit: Submit) -> None:
+        """One generation. Cancelling it aborts the generation within a step."""
+        stream, ended = submit.stream, False
+        try:
+            request = _decode_request(submit.request)
+            async with aclosing(self._server.generate(request)) as batches:
+                async for batch in batches:
+                    ended = batch[-1].finish_reason is not None
+                    self.post(Events(stream, batch))
+            if not ended:
+                raise EngineError("the engine ended the log without a finish reason")
+        except msgspec.MsgspecError as error:
+            self.post(Failed(stream, failure_of(InvalidRequest(f"the replica cannot read the request: {error}"))))
+        except ShoalError as error:
+            self.post(Failed(stream, failure_of(error)))

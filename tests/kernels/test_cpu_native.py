@@ -1,0 +1,356 @@
+"""The C++ kernels against `ReferenceOps`, and how they come to be there. Skipped where they cannot be built."""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.kernels import native_build
+from shoal.kernels.cpu_native import NativeCpuOps
+from shoal.kernels.native import TILE_ROWS, Native, load_native, pack_q4
+from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, KVLayer
+from shoal.kernels.reference import ReferenceOps
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# One rounding apart, or what float32 sums in another order are.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def native() -> Native:
+    found = load_native()
+    if found is None:
+        pytest.skip("no compiler here, or another processor")
+    return found
+
+
+@pytest.fixture
+def ops(native: Native) -> NativeCpuOps:
+    return NativeCpuOps(CPU, native)
+
+
+@pytest.fixture
+def reference() -> ReferenceOps:
+    return ReferenceOps(CPU)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+# Attention
+
+
+def make_batch(lens: Sequence[tuple[int, int]], page: int) -> AttentionBatch:
+    """(new tokens, tokens in all) of each sequence; pages in random order, none of them number 0."""
+    counts = [-(-kv // page) for _, kv in lens]
+    pages = (torch.randperm(sum(counts)) + 1).split(counts)
+    table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
+    for row, own in zip(table, pages, strict=True):
+        row[: len(own)] = own
+    queries, kvs = tuple(q for q, _ in lens), tuple(kv for _, kv in lens)
+    return AttentionBatch(
+        query_start_S1=torch.tensor([0, *queries]).cumsum(0).to(torch.int32),
+        kv_lens_S=torch.tensor(kvs, dtype=torch.int32),
+        block_table_SP=table,
+        num_decodes=sum(q == 1 for q in queries),
+        max_query_len=max(queries),
+        max_kv_len=max(kvs),
+        query_lens=queries,
+        kv_lens=kvs,
+    )
+
+
+def make_cache(batch: AttentionBatch, page: int, *, heads: int, dim: int, dtype: torch.dtype) -> KVLayer:
+    """Random where sequences have tokens; NaN, a dead owner's, everywhere else."""
+    num_pages = int(batch.block_table_SP.max()) + 1
+    cache = KVLayer(*(torch.full((num_pages, heads, page, dim), torch.nan, dtype=dtype) for _ in range(2)))
+    for row, kv_len in zip(batch.block_table_SP.tolist(), batch.kv_lens, strict=True):
+        for at in range(0, kv_len, page):
+            for paged in cache:
+                size = min(page, kv_len - at)
+                paged[row[at // page], :, :size] = torch.randn(heads, size, dim).to(dtype)
+    return cache
+
+
+def make_query(batch: AttentionBatch, *, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """The queries of a fused QKV output: tokens are not neighbours."""
+    return torch.randn(sum(batch.query_lens), heads + 2 * kv_heads, dim).to(dtype)[:, :heads]
+
+
+SPECS = {
+    "plain": AttentionSpec(0.2),
+    "sees itself": AttentionSpec(0.2, window=1),
+    "window": AttentionSpec(0.2, window=70),
+    "window of two parts": AttentionSpec(0.2, window=600),
+    "softcap": AttentionSpec(0.5, softcap=3.0),
+    "both": AttentionSpec(0.5, window=70, softcap=3.0),
+}
+# 512 keys are one part: at a border, beside it, three parts.
+LENS = [1, 2, 15, 33, 512, 513, 1300]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page"),
+    [(9, 3, 64, 32), (4, 4, 80, 16), (8, 1, 128, 256), (4, 1, 256, 64), (9, 1, 16, 16), (14, 2, 64, 128)],
+)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_decode(
+    ops: NativeCpuOps, reference: ReferenceOps, *, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, page: int,
+    spec: AttentionSpec,
+) -> None:  # fmt: skip
+    batch = make_batch([(1, length) for length in LENS], page)
+    cache = make_cache(batch, page, heads=kv_heads, dim=dim, dtype=dtype)
+    q = make_query(batch, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype)
+    close(ops.attention(q, cache, batch, spec), reference.attention(q, cache, batch, spec))
+
+
+@pytest.mark.parametrize("group", range(1, 10))
+def test_every_size_of_group(ops: NativeCpuOps, reference: ReferenceOps, group: int) -> None:
+    batch = make_batch([(1, 40), (1, 9)], 16)
+    cache = make_cache(batch, 16, heads=2, dim=32, dtype=torch.float32)
+    q = make_query(batch, heads=2 * group, kv_heads=2, dim=32, dtype=torch.float32)
+    close(ops.attention(q, cache, batch, SPECS["plain"]), reference.attention(q, cache, batch, SPECS["plain"]))
+
+
+def test_a_sequence_is_computed_alike_in_any_company(ops: NativeCpuOps, two_threads: None) -> None:
+    batch = make_batch([(1, length) for length in LENS], 16)
+    cache = make_cache(batch, 16, heads=3, dim=64, dtype=torch.bfloat16)
+    q = make_query(batch, heads=9, kv_heads=3, dim=64, dtype=torch.bfloat16)
+    together = ops.attention(q, cache, batch, SPECS["plain"])
+    torch.set_num_threads(1)
+    for row, length in enumerate(LENS):
+        alone = make_batch([(1, length)], 16)
+        alone.block_table_SP.copy_(batch.block_table_SP[row : row + 1, : alone.block_table_SP.shape[1]])
+        assert torch.equal(ops.attention(q[row : row + 1], cache, alone, SPECS["plain"]), together[row : row + 1])
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize("dim", [32, 24])  # of 24 there are no kernels
+@pytest.mark.parametrize("lens", [[(1, 33), (1, 1), (2, 2), (50, 64), (3, 90)], [(5, 100)]])
+def test_steps_with_prompts(
+    ops: NativeCpuOps, reference: ReferenceOps, lens: list[tuple[int, int]], dim: int, spec: AttentionSpec
+) -> None:
+    batch = make_batch(lens, 16)
+    cache = make_cache(batch, 16, heads=3, dim=dim, dtype=torch.float32)
+    q = make_query(batch, heads=6, kv_heads=3, dim=dim, dtype=torch.float32)
+    torch.testing.assert_close(
+        ops.attention(q, cache, batch, spec), reference.attention(q, cache, batch, spec), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_layers_that_differ_in_one_step(ops: NativeCpuOps, reference: ReferenceOps) -> None:
+    batch = make_batch([(1, 40), (1, 100)], 16)
+    for spec in (*SPECS.values(), *SPECS.values()):
+        for kv_heads, dim in ((1, 32), (3, 32), (3, 64)):
+            cache = make_cache(batch, 16, heads=kv_heads, dim=dim, dtype=torch.float32)
+            q = make_query(batch, heads=6, kv_heads=kv_heads, dim=dim, dtype=torch.float32)
+            close(ops.attention(q, cache, batch, spec), reference.attention(q, cache, batch, spec))
+
+
+def test_a_bad_sequence_stays_alone(ops: NativeCpuOps, reference: ReferenceOps) -> None:
+    batch = make_batch([(1, 40), (1, 600), (1, 20)], 16)
+    cache = make_cache(batch, 16, heads=1, dim=32, dtype=torch.float32)
+    q = make_query(batch, heads=3, kv_heads=1, dim=32, dtype=torch.float32)
+    q[1] = torch.nan
+    found, expected = (o.attention(q, cache, batch, SPECS["plain"]) for o in (ops, reference))
+    assert bool(found[1].isnan().all())
+    close(found[::2], expected[::2])
+
+
+# Between the products
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 576), (5, 64), (0, 64), (300, 576), (4, 40)])
+def test_norms(ops: NativeCpuOps, reference: ReferenceOps, *, dtype: torch.dtype, rows: int, size: int) -> None:
+    x, weight = (torch.randn(rows, 2 * size) * 3).to(dtype)[:, size:], torch.rand(size)
+    close(ops.rms_norm(x, weight, eps=1e-5), reference.rms_norm(x, weight, eps=1e-5))
+    residuals = [torch.ones(rows, size), torch.ones(rows, size)]
+    found, expected = (o.add_rms_norm(x, r, weight, eps=1e-6) for o, r in zip((ops, reference), residuals, strict=True))
+    close(found, expected)
+    assert torch.equal(*residuals)
+    heads = (torch.randn(rows, 5, size) * 3).to(dtype)[:, 1:4]
+    close(ops.rms_norm(heads, weight, eps=1e-5), reference.rms_norm(heads, weight, eps=1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "rotated"), [(64, 64), (80, 32), (128, 96), (80, 80)])
+@pytest.mark.parametrize("tokens", [0, 1, 200])
+def test_rope(
+    ops: NativeCpuOps, reference: ReferenceOps, *, dtype: torch.dtype, dim: int, rotated: int, tokens: int
+) -> None:
+    table, positions = torch.randn(50, rotated), torch.randint(0, 50, (tokens,))
+    heads = torch.randn(tokens, 9 + 3 + 3, dim).to(dtype)
+    expected = heads.clone()
+    for implementation, rows in ((ops, heads), (reference, expected)):
+        q, k, _ = rows.split((9, 3, 3), 1)
+        implementation.rope(q, k, positions, table, interleaved=False)
+    close(heads, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize(("rows", "columns"), [(1, 48), (70, 1536), (3, 20), (0, 16)])
+def test_gated_activations(
+    ops: NativeCpuOps, reference: ReferenceOps, *, dtype: torch.dtype, activation: Activation, rows: int, columns: int
+) -> None:
+    x = (torch.randn(rows, 2 * columns) * 4).to(dtype)
+    if rows:
+        x[0, :4] = torch.tensor([-1e4, 1e4, -90.0, 0.0])
+    found, expected = (o.gated_activation(x, activation) for o in (ops, reference))
+    # What torch computes, and not we, is rounded between the two steps, too.
+    tolerance = (1 if activation is Activation.SILU and columns % 16 == 0 else 3) * max(TOLERANCE[dtype], 1e-5)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slots", [[5], [0, 31, 17], [4, -1, 40, -1], [-1], []])
+def test_write_kv(ops: NativeCpuOps, reference: ReferenceOps, dtype: torch.dtype, slots: list[int]) -> None:
+    slots_T = torch.tensor(slots, dtype=torch.int64)
+    for stored in (dtype, torch.float32):  # in the cache's own dtype, and in another
+        new = torch.randn(len(slots), 9, 8).to(stored)
+        caches = [KVLayer(torch.zeros(4, 3, 16, 8, dtype=dtype), torch.zeros(4, 3, 16, 8, dtype=dtype)) for _ in "ab"]
+        for implementation, cache in zip((ops, reference), caches, strict=True):
+            implementation.write_kv(new[:, 3:6], new[:, 6:], cache, slots_T)
+        assert all(torch.equal(*pair) for pair in zip(*caches, strict=True))
+
+
+# The 4-bit product
+
+
+def make_weight(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed, and what it stands for, in float32."""
+    padded = -(-rows // TILE_ROWS) * TILE_ROWS
+    nibbles = torch.randint(0, 16, (padded, columns))
+    scale, minimum = (torch.randn(padded, columns // 32).half().float() for _ in range(2))
+    dense = nibbles.view(padded, -1, 32) * scale[..., None] + minimum[..., None]
+    return pack_q4(nibbles, scale, minimum), dense.flatten(1)[:rows]
+
+
+@pytest.mark.parametrize("columns", [32, 96, 576])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 100, 320])
+def test_product_has_the_weights_themselves(native: Native, rows: int, columns: int) -> None:
+    """Rows of the identity read the weights out: rounded once, at the end."""
+    packed, dense = make_weight(rows, columns)
+    found = native.q4_product(torch.eye(columns).bfloat16(), packed, rows)
+    torch.testing.assert_close(found, dense.T.bfloat16(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [0, *range(1, 10), 16, 33, 64, 200])
+def test_product(native: Native, tokens: int, two_threads: None) -> None:
+    packed, dense = make_weight(100, 160)
+    x = torch.randn(tokens, 192).bfloat16()[:, 32:]
+    found, exact = native.q4_product(x, packed, 100), x.double() @ dense.T.double()
+    # Half a step of bfloat16, and of float32 for each of the sums.
+    assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-3).all())
+    assert found.shape == (tokens, 100)
+
+
+def test_a_row_is_the_same_in_any_company(native: Native, two_threads: None) -> None:
+    packed, _ = make_weight(330, 576)
+    x = torch.randn(70, 576).bfloat16()
+    whole = native.q4_product(x, packed, 330)
+    torch.set_num_threads(1)
+    for count in (1, 2, 7, 8, 9, 31):
+        parts = [native.q4_product(part, packed, 330) for part in x.split(count)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+# How they come to be there
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home of a processor that has it all; where the compiler is looked for is up to the test."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(native_build, "missing_instructions", list)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def use_compiler(home: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    compiler = home / "g++"
+    compiler.write_text(f"#!/bin/sh\nfor last; do :; done\n{script}\n")  # the last argument is what to make
+    compiler.chmod(0o755)
+    monkeypatch.setattr("shutil.which", lambda name: str(compiler) if name == "g++" else None)
+
+
+def test_processes_that_start_together_compile_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_compiler(home, monkeypatch, f'echo run >> {home}/runs; sleep 0.2; echo library > "$last"')
+    built: list[Path] = []
+    threads = [threading.Thread(target=lambda: built.append(native_build.build_library())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 4
+    assert {path.read_text() for path in built} == {"library\n"}
+    assert (home / "runs").read_text() == "run\n"
+    assert sorted(path.suffix for path in built[0].parent.iterdir()) == ["", ".so"]  # the lock and the library
+
+
+def test_other_sources_are_another_library(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_compiler(home, monkeypatch, 'echo library > "$last"')
+    first = native_build.build_library()
+    (home / "csrc").mkdir()
+    (home / "csrc" / "new.cpp").write_text("// new")
+    monkeypatch.setattr(native_build, "SOURCES", home / "csrc")
+    assert native_build.build_library() != first
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'a.cpp:1: error: no' >&2; exit 1", "error: no"),
+        ('echo rubbish > "$last"', "kernels-"),
+        (None, "no compiler"),
+    ],
+)
+def test_without_a_library_there_is_torch(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str | None, reason: str
+) -> None:
+    use_compiler(home, monkeypatch, script or "")
+    if script is None:
+        monkeypatch.setattr("shutil.which", lambda _name: None)
+    with caplog.at_level(logging.INFO):
+        assert load_native.__wrapped__() is None
+    assert len(caplog.records) == 1
+    assert reason in caplog.text
+
+
+def test_another_processor_needs_no_compiler(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_build, "missing_instructions", lambda: ["avx512_bf16"])
+    monkeypatch.setattr("shutil.which", lambda _name: pytest.fail("looked for a compiler"))
+    with pytest.raises(native_build.UnavailableError, match="avx512_bf16"):
+        native_build.build_library()
+
+
+def test_nothing_is_run_that_others_could_have_put_there(home: Path) -> None:
+    shared = home / ".cache" / "shoal"
+    shared.mkdir(parents=True)
+    shared.chmod(0o777)
+    own = native_build.private_folder()
+    assert own != shared
+    own.chmod(0o777)
+    with pytest.raises(native_build.UnavailableError, match="chmod"):
+        native_build.private_folder()
