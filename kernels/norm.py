@@ -67,7 +67,8 @@ def norm(
     assert x.stride(-1) == 1
     assert residual is None or (x.dim() == 2 and residual.stride(-1) == 1)
     dim_p2 = triton.next_power_of_2(dim)
-    block_rows = min(max(1, _PROGRAM_ELEMENTS // dim_p2), triton.next_power_of_2(num_rows), 16)
+    # Not by the number of rows: how a row's sum is spread over threads would then depend on its company.
+    block_rows = min(max(1, _PROGRAM_ELEMENTS // dim_p2), 16)
     _norm_kernel[(triton.cdiv(num_rows, block_rows),)](
         x,
         residual,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from torch import Tensor, device
+from torch import Tensor, device, dtype
 
 
 class Activation(Enum):
@@ -108,9 +108,17 @@ class Ops(Protocol):
     Reductions are taken in float32 whatever the storage dtype. Weights of norms are float32, and so is the residual
     stream: what many layers add up in bfloat16 is off by several times the distance of near-tied logits.
     No method waits for the device.
+
+    deterministic: a row's bits are a function of its own sequence: not of the rows beside it, of how many there are, of
+    pages, or of whether its token was decoded or prefilled. Otherwise the number of rows may choose the order of sums.
     """
 
     device: device
+    deterministic: bool
+
+    def linear(self, x_TD: Tensor, weight_FD: Tensor, dtype: dtype | None = None, /) -> Tensor:
+        """`kernels.linear.Linear`: `x @ W.T` for dense weights."""
+        ...
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
         """`x / rms(x) * weight` over the last dim. Also used per head, on [T, H, E] with a weight of [E]."""

@@ -12,14 +12,20 @@ from torch import Tensor, device
 from torch.nn import functional
 
 from . import noise
+from .linear import linear
 from .ops import Activation, AttentionBatch, AttentionSpec, Draw, KVLayer, Logprobs, SamplingBatch
 
 
 class ReferenceOps:
     """`Ops` in plain torch."""
 
+    deterministic = False
+
     def __init__(self, on: device) -> None:
         self.device = on
+
+    def linear(self, x_TD: Tensor, weight_FD: Tensor, dtype: torch.dtype | None = None, /) -> Tensor:
+        return linear(x_TD, weight_FD, dtype)
 
     # Norms
 

@@ -41,5 +41,6 @@ class Head:
         if self._scale != 1.0:
             logits_RV *= self._scale
         if self._softcap is not None:
-            logits_RV = logits_RV.div_(self._softcap).tanh_().mul_(self._softcap)
+            for logits_V in logits_RV:  # row by row: torch's tanh rounds by a number's place in the tensor
+                logits_V.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits_RV

@@ -12,7 +12,7 @@ from .layout import CommPlan, LinePlan
 from .peer import DRIVER
 from .shm import CELL_BYTES
 
-_SLOT_BYTES = 256 * 1024  # the pieces of a reduction: those of a few shards stay in the second-level cache
+_SLOT_BYTES = 2**20  # larger tensors are reduced in pieces of this, and shards that share cores meet once for each
 _LEAST_LINE, _LONGEST_LINE = 64 * 1024, 64 * 2**20
 
 

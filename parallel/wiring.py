@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DriverWires", "PeerTimeout", "RankWires", "WireSizes", "Wiring", "connect", "lay_wires"]
 
-# Looking beats sleeping by 20 us a wait, but only on a core that nobody else needs. What was measured stands in
-# benchmarks/transport.py.
+# Looking beats sleeping by 20 us a wait, but only on a core that nobody else needs. Where processes share cores a short
+# while of yielding still halves a step of 4 ranks on 2 cores; a longer one takes the cores from those that compute.
 _ALONE = Patience(spin_s=20e-6, yield_s=2e-3)
 _CROWDED = Patience(yield_s=50e-6)
 

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from ..runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalError
 from .auth import Guard
+from .backend import ReplicaState
 from .body import ClientGone, read_json
 from .http import error_response
 from .ingress import Ingress, Launch
@@ -113,6 +114,10 @@ class Handlers:
         """Prometheus text: this process and all replicas."""
         return Response(await self._ingress.scrape(), headers={"content-type": CONTENT_TYPE})
 
+    async def cluster(self, request: Request) -> Response:
+        """Every replica, its state, and what each of its ranks holds and where."""
+        return _json({"replicas": [_describe_replica(*item) for item in self._ingress.backend.replicas().items()]})
+
     async def version(self, request: Request) -> Response:
         return _json({"version": _version()})
 
@@ -162,6 +167,7 @@ def _add_routes(app: FastAPI, handlers: Handlers) -> None:
         ("/ready", handlers.ready, get, None),
         ("/metrics", handlers.metrics, get, None),
         ("/version", handlers.version, get, None),
+        ("/v1/cluster", handlers.cluster, get, None),
     ):
         extra = None if body is None else _request_body(body, bodies)
         app.add_api_route(path, handler, methods=methods, response_model=None, openapi_extra=extra)
@@ -211,6 +217,20 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; it is the status that shows in metrics and access logs
+
+
+def _describe_replica(replica: str, state: ReplicaState) -> dict[str, Any]:
+    stats = state.stats
+    return {
+        "id": replica,
+        "ready": state.problem is None,
+        "state": state.problem or "ready",
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        "kv_usage": stats.kv_usage,
+        "restarts": stats.restarts,
+        "ranks": state.ranks,
+    }
 
 
 def _heading(launch: Launch, body: SamplingBody) -> Heading:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from ..parallel.group import RankInfo
 from ..runtime import errors as e
 from ..runtime.generation import GenerationRequest, TokenEvent
 from ..runtime.stats import Stats
@@ -31,15 +32,24 @@ class ReplicaLost(e.EngineDead):
     """The replica went away with the log unfinished; the tokens it emitted stand, another one could go on."""
 
 
+class Status(msgspec.Struct, frozen=True, array_like=True):
+    """A replica's word on itself. problem: why it takes no work; None where it does. ranks: its grid."""
+
+    problem: str | None
+    stats: Stats
+    ranks: list[RankInfo] = []
+
+
 class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     """What an ingress knows of one replica that is connected: what a balancer chooses by.
 
-    problem: why it takes no work, or does not answer; None where it is ready. stats: its last word. in_flight: this
-    ingress's generations on it. tokens_sent: what those of them may cost that `stats` does not count yet.
+    problem: why it takes no work, or does not answer; None where it is ready. stats, ranks: its last word. in_flight:
+    this ingress's generations on it. tokens_sent: what those of them may cost that `stats` does not count yet.
     """
 
     problem: str | None
     stats: Stats
+    ranks: list[RankInfo]
     in_flight: int
     tokens_sent: int
 

@@ -27,8 +27,7 @@ import msgspec
 
 from ..runtime.errors import ShoalError
 from ..runtime.generation import TokenEvent
-from ..runtime.stats import Stats
-from .backend import Failure, ModelInfo
+from .backend import Failure, ModelInfo, Status
 
 logger = logging.getLogger("shoal.router")
 
@@ -83,10 +82,9 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
-    """problem: why no work is taken; None where it is. received: the last stream that was submitted before."""
+    """The replica lives. received: the last stream that was submitted before."""
 
-    problem: str | None
-    stats: Stats
+    status: Status
     received: int
 
 

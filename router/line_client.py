@@ -113,7 +113,7 @@ class LineBackend:
             raise Unavailable(f"not ready: {problems[0]}")
 
     async def stats(self) -> Mapping[str, Stats]:
-        return {replica: link.beat.stats for replica, link in self._links.items()}
+        return {replica: link.beat.status.stats for replica, link in self._links.items()}
 
     def replicas(self) -> Mapping[str, ReplicaState]:
         return {replica: link.state() for replica, link in self._links.items()}
@@ -269,12 +269,13 @@ class _Link:
             return "the replica is draining"
         if self._loop.time() - self.wire.heard_at > 4 * self._limits.beat_s:
             return "the replica does not answer"
-        return self.beat.problem
+        return self.beat.status.problem
 
     def state(self) -> ReplicaState:
         return ReplicaState(
             problem=self.problem,
-            stats=self.beat.stats,
+            stats=self.beat.status.stats,
+            ranks=self.beat.status.ranks,
             in_flight=len(self._streams),
             tokens_sent=sum(tokens for _, tokens in self._sent),
         )

@@ -18,8 +18,7 @@ import msgspec
 
 from ..runtime.errors import EngineError, InvalidRequest, ShoalError
 from ..runtime.generation import GenerationRequest, TokenEvent
-from ..runtime.stats import Stats
-from .backend import Failure, failure_of
+from .backend import Failure, Status, failure_of
 from .line import (
     Abort,
     Beat,
@@ -49,7 +48,7 @@ Generate = Callable[[GenerationRequest], AsyncGenerator[list[TokenEvent], None]]
 class LineServer:
     """Serves `generate` to whoever knows the secret. All methods belong to one event loop.
 
-    status: (why no work is taken or None, how things stand), asked for with every heartbeat.
+    status: asked for with every heartbeat.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class LineServer:
         *,
         secret: bytes,
         welcome: Welcome,
-        status: Callable[[], tuple[str | None, Stats]],
+        status: Callable[[], Status],
         limits: LineLimits | None = None,
     ) -> None:
         self.generate = generate
@@ -112,9 +111,9 @@ class LineServer:
 
     async def _beat(self) -> None:
         while True:
-            problem, stats = self.status()
+            status = self.status()
             for peer in list(self._peers):
-                peer.post(Beat(problem, stats, peer.received))
+                peer.post(Beat(status, peer.received))
             await asyncio.sleep(self.limits.beat_s)
 
 
@@ -146,9 +145,8 @@ class _Peer:
     # Party
 
     def opened(self) -> None:
-        problem, stats = self._server.status()
         self.post(self._server.welcome)
-        self.post(Beat(problem, stats, 0))
+        self.post(Beat(self._server.status(), 0))
 
     def heard(self, message: FromIngress) -> None:
         if isinstance(message, Abort):

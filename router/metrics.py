@@ -38,9 +38,16 @@ _TOTALS = {
     "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", "prefix_query_tokens"),
     "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", "prefix_hit_tokens"),
     "num_preemptions": ("Generations preempted for want of KV blocks.", "preemptions"),
+    "rank_restarts": ("Restarts of all ranks.", "restarts"),
+    "generations_quarantined": ("Generations that ran alone after a failure.", "quarantined"),
+    "generations_poisoned": ("Generations ended for making ranks fail.", "poisoned"),
     "engine_steps": ("Steps of the engine.", "steps"),
     "engine_host_seconds": ("Seconds spent scheduling and updating.", "host_s"),
     "engine_device_seconds": ("Seconds spent computing.", "device_s"),
+}
+_TALLIES = {
+    "request_success": ("Generations that ended, by reason.", "finished", "finished_reason"),
+    "rank_failures": ("Failures of ranks, by cause.", "rank_failures", "cause"),
 }
 
 
@@ -93,7 +100,7 @@ class ReplicaBook(Collector):
         self._live: dict[str, Stats] = {}
         self._gone: dict[str, Stats] = {}  # may come back: a replica that was only late with its answer
         self._departed: Tally[str] = Tally()
-        self._departed_finished: Tally[str] = Tally()
+        self._departed_tallies: dict[str, Tally[str]] = {field: Tally() for _, field, _ in _TALLIES.values()}
 
     def update(self, stats: Mapping[str, Stats]) -> None:
         for replica, last in [*self._live.items(), *self._gone.items()]:
@@ -121,20 +128,21 @@ class ReplicaBook(Collector):
             for replica, stats in self._live.items():
                 total.add_metric([replica], float(getattr(stats, field)))
             yield total
-        yield self._finished()
+        for name, (text, field, label) in _TALLIES.items():
+            yield self._tally(CounterMetricFamily(_PREFIX + name, text, labels=["replica", label]), field)
 
-    def _finished(self) -> Metric:
-        total = CounterMetricFamily(
-            _PREFIX + "request_success", "Generations that ended, by reason.", labels=["replica", "finished_reason"]
-        )
-        gone = self._departed_finished + sum((Tally(stats.finished) for stats in self._gone.values()), Tally[str]())
-        for reason, count in gone.items():
-            total.add_metric([DEPARTED, reason], count)
+    def _tally(self, total: CounterMetricFamily, field: str) -> Metric:
+        gone = self._departed_tallies[field].copy()
+        for stats in self._gone.values():
+            gone.update(getattr(stats, field))
+        for kind, count in gone.items():
+            total.add_metric([DEPARTED, kind], count)
         for replica, stats in self._live.items():
-            for reason, count in stats.finished.items():
-                total.add_metric([replica, reason], count)
+            for kind, count in getattr(stats, field).items():
+                total.add_metric([replica, kind], count)
         return total
 
     def _fold(self, last: Stats) -> None:
         self._departed.update({field: getattr(last, field) for _, field in _TOTALS.values()})
-        self._departed_finished.update(last.finished)
+        for _, field, _ in _TALLIES.values():
+            self._departed_tallies[field].update(getattr(last, field))

@@ -12,11 +12,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..parallel.group import RankInfo
 from ..runtime.errors import EngineDead
 from ..runtime.generation import FinishReason, GenerationRequest, StructuredOutputs, TokenEvent
 from ..runtime.grammar import FREE, Constraint
 from ..runtime.stats import Stats
-from .backend import ModelInfo
+from .backend import ModelInfo, Status
 from .line import LineLimits, Welcome
 from .line_client import Address
 from .line_server import LineServer
@@ -33,11 +34,16 @@ class Engine(Protocol):
     @property
     def ready(self) -> bool: ...
 
+    @property
+    def state(self) -> str: ...
+
     def generate(
         self, request: GenerationRequest, constraint: Constraint = ...
     ) -> AsyncGenerator[list[TokenEvent], None]: ...
 
     def stats(self) -> Stats: ...
+
+    def ranks(self) -> list[RankInfo]: ...
 
     async def drain(self, timeout_s: float) -> None: ...
 
@@ -104,13 +110,10 @@ class Replica:
                     raise EngineDead(batch[-1].error or "the engine died")
                 yield batch
 
-    def status(self) -> tuple[str | None, Stats]:
-        """(why no work is taken, None where it is; how things stand)."""
+    def status(self) -> Status:
+        """How things stand."""
         engine = self._parts.engine
-        if engine.ready:
-            return None, engine.stats()
-        problem = "the engine is draining" if engine.healthy else "the engine has stopped making steps"
-        return problem, engine.stats()
+        return Status(None if engine.ready else engine.state, engine.stats(), engine.ranks())
 
     async def check_health(self) -> None:
         """Serve calls this and replaces the replica when it raises. A process that makes no step is dead."""

@@ -64,7 +64,7 @@ def load_decoder(
     comm = SoloComm() if comm is None else comm
     layers = range(spec.num_layers) if layers is None else layers
     _refuse_quantised(checkpoint.config)
-    reader = WeightReader(checkpoint, spec.names, device=ops.device, dtype=dtype)
+    reader = WeightReader(checkpoint, spec.names, ops=ops, dtype=dtype)
     builder = _Builder(spec, ops=ops, comm=comm, reader=reader, max_len=max_len or spec.max_len)
     with Progress("Loading weights", total=len(layers) + 1, unit="parts", show=comm.shard == 0) as progress:
         blocks: list[Block] = []

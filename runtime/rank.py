@@ -106,7 +106,7 @@ def build_worker(
     Raises: CheckpointError, ConfigError, MemoryPlanError.
     """
     config = rank_spec.engine_config()
-    ops = select_ops(torch.device(config.device))
+    ops = select_ops(torch.device(config.device), deterministic=config.deterministic)
     dtype = DTYPES[config.dtype]
     max_model_len = config.max_model_len or share.spec.max_len
     free = free_bytes(ops.device, config.gpu_memory_utilization, ranks_on_node=ranks_on_node)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.ops import Ops
 from ..parallel.linear import Layer, cast_linear, float32_linear, table_lookup
 from ..parallel.partition import length
 from ..parallel.quant import BlockTable, DenseLinear, HalfLinear, LinearMethod, packed_linear
@@ -19,8 +20,9 @@ CHUNK = 1 << 24  # weights that are converted at once: bounds the memory beside 
 class WeightReader:
     """One rank's view of a checkpoint: names completed, shapes checked, fused, converted and on the device."""
 
-    def __init__(self, checkpoint: Checkpoint, names: Names, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.device = device
+    def __init__(self, checkpoint: Checkpoint, names: Names, *, ops: Ops, dtype: torch.dtype) -> None:
+        self.device = ops.device
+        self._ops = ops
         self.dtype = dtype
         self.num_bytes = 0
         self._checkpoint = checkpoint
@@ -68,8 +70,8 @@ class WeightReader:
     def linear(self, pieces: Sequence[Piece], *, transposed: bool = False) -> LinearMethod:
         """A layer of pieces that lie one under the other: as the file's blocks if a kernel takes them, else dense."""
         if transposed:
-            return DenseLinear(self.dense(pieces, transposed=True))
-        return self.packed(pieces) or DenseLinear(self.dense(pieces))
+            return DenseLinear(self.dense(pieces, transposed=True), self._ops.linear)
+        return self.packed(pieces) or DenseLinear(self.dense(pieces), self._ops.linear)
 
     def packed(self, pieces: Sequence[Piece]) -> LinearMethod | None:
         """The pieces as the file's own blocks; None if they are not, or if no kernel takes them."""
@@ -86,6 +88,7 @@ class WeightReader:
             in_features=length(pieces[0].cols),
             device=self.device,
             dtype=self.dtype,
+            deterministic=self._ops.deterministic,
         )
         self.num_bytes += method.num_bytes() if method else 0
         return method
@@ -101,7 +104,7 @@ class WeightReader:
             half = HalfLinear(weight_VD)
             self.num_bytes += half.num_bytes()
             return half.apply, None
-        return float32_linear(self._count(weight_VD)), weight_VD
+        return float32_linear(self._count(weight_VD), self._ops.linear), weight_VD
 
     def lookup(self, pieces: Sequence[Piece]) -> Layer:
         """An embedding table: ids [T] -> rows [T, D]. On a CPU the file's own blocks serve where they can."""

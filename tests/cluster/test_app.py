@@ -69,6 +69,10 @@ class LateHandle:
 
 class IdleEngine:
     healthy = ready = True
+    state = "ready"
+
+    def ranks(self) -> list[Any]:
+        return []
 
     def generate(self, request: Any, constraint: Any = None) -> Any:
         raise NotImplementedError

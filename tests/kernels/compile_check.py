@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from shoal.kernels.matmul import matmul
 from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, KVLayer, SamplingBatch
 from shoal.kernels.triton_ops import TritonOps
 
@@ -110,6 +111,9 @@ def run(case: str) -> None:
         case "attention-fp32":
             attention(fp32, 8, 8, 128, plain)
             attention(fp32, 4, 1, 256, capped)
+        case "products":
+            matmul(torch.zeros(5, 576, dtype=bf16), torch.zeros(101, 576, dtype=bf16), fp32)
+            matmul(torch.zeros(5, 576, dtype=fp32), torch.zeros(101, 576, dtype=fp32))
         case "noise":
             sampling(fp32, greedy=False, filtered=False)
 

@@ -10,6 +10,7 @@ import pytest
 CHECK = Path(__file__).with_name("compile_check.py")
 SHARED_MEMORY = {90: 227 * 1024, 80: 163 * 1024}  # a block's most
 KERNELS = {
+    "_matmul_kernel",
     "_norm_kernel",
     "_rope_kernel",
     "_activation_kernel",
@@ -36,11 +37,20 @@ def compile_for(capability: int, *cases: str) -> set[str]:
 
 
 def test_compiles_for_hopper() -> None:
-    assert compile_for(90, "elementwise", "sampling", "attention") == KERNELS
+    assert compile_for(90, "elementwise", "sampling", "attention", "products") == KERNELS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_every_variant(capability: int) -> None:
-    cases = ("elementwise", "sampling", "noise", "attention", "attention-wide", "attention-odd", "attention-fp32")
+    cases = (
+        "elementwise",
+        "sampling",
+        "noise",
+        "products",
+        "attention",
+        "attention-wide",
+        "attention-odd",
+        "attention-fp32",
+    )
     assert compile_for(capability, *cases) == KERNELS

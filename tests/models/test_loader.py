@@ -177,7 +177,7 @@ class Blocks(SafetensorsCheckpoint):
 def test_blocks_are_kept_where_there_is_a_kernel_for_them(tiny, agree, monkeypatch):
     packed = []
 
-    def packed_linear(format, rows, *, in_features, device, dtype):
+    def packed_linear(format, rows, *, in_features, device, dtype, deterministic):
         packed.append((format, [part.shape[0] for part in rows], in_features))
         return DenseLinear(torch.from_numpy(np.concatenate(rows).view(np.float32)))
 

@@ -21,7 +21,7 @@ from shoal.parallel.station import Station
 from shoal.parallel.wiring import RankWires, Wiring, connect
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
-# Nothing, a scalar, odd, a decode step's, larger than a slot, much larger.
+# Nothing, a scalar, odd, a decode step's, more than goes at once over a network, more than a slot holds.
 SHAPES = ((0,), (), (3, 5), (1, 576), (300, 577), (1200, 576))
 
 
@@ -56,7 +56,7 @@ def collectives(wires: RankWires, place: Place) -> object:
                 "gather": torch.equal(comm.all_gather(parts[comm.shard]), torch.stack(parts)),
             }
             wrong += [f"{name} {shape} {dtype}" for name, is_right in checks.items() if not is_right]
-    for shape in ((6, 4), (400, 600)):  # in place, also of what is not contiguous
+    for shape in ((6, 4), (800, 600)):  # in place, also of what is not contiguous
         base = torch.zeros(shape)
         base.t().copy_(given(comm.shard, shape[::-1], torch.float32))
         comm.all_reduce(base.t())

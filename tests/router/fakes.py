@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 
+from shoal.parallel.group import RankInfo
 from shoal.router.api import create_app
 from shoal.router.backend import ModelInfo, ReplicaState
 from shoal.router.config import RouterConfig
@@ -124,7 +125,11 @@ class FakeBackend:
         return {"r1": Stats(num_running=self.live, num_blocks=10, num_blocks_held=4, generation_tokens=42, steps=7)}
 
     def replicas(self) -> dict[str, ReplicaState]:
-        return {}
+        rank = RankInfo(rank=0, stage=0, shard=0, node="n1", pid=77, details={"layers": "0-3 of 4"})
+        state = ReplicaState(
+            problem=self.ready_problem, stats=Stats(num_running=2), ranks=[rank], in_flight=0, tokens_sent=0
+        )
+        return {"r1": state}
 
 
 def _logprob(token: int, num_top: int) -> TokenLogprob:

@@ -382,6 +382,16 @@ def test_ready_says_why_not(server: Server) -> None:
     assert server.get("/health").status == 200
 
 
+def test_cluster_shows_every_replica_and_its_ranks(server: Server) -> None:
+    (replica,) = server.get("/v1/cluster").json["replicas"]
+    assert (replica["id"], replica["ready"], replica["state"], replica["running"]) == ("r1", True, "ready", 2)
+    (rank,) = replica["ranks"]
+    assert (rank["node"], rank["pid"], rank["details"]) == ("n1", 77, {"layers": "0-3 of 4"})
+    server.backend.ready_problem = "restarting the ranks after: rank 0 was killed"
+    (replica,) = server.get("/v1/cluster").json["replicas"]
+    assert (replica["ready"], replica["state"]) == (False, "restarting the ranks after: rank 0 was killed")
+
+
 def test_a_body_that_does_not_come_is_given_up() -> None:
     with Server(RouterConfig(served_model_name=(MODEL,), body_timeout_s=0.2)) as server, server.connect() as sock:
         sock.sendall(request_bytes("POST", CHAT, b"{}")[:-1])

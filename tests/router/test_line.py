@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shoal.router.backend import ModelInfo, ReplicaLost
+from shoal.router.backend import ModelInfo, ReplicaLost, Status
 from shoal.router.line import MAGIC, LineError, LineLimits, Submit, Welcome, ingress_handshake, replica_handshake
 from shoal.router.line_client import Address, LineBackend
 from shoal.router.line_server import MAX_STRANGERS, LineServer
@@ -60,8 +60,8 @@ class Source:
         logprobs = [TokenLogprob(0.0, 1, [(0, 0.0)] * self.pad)] if self.pad else None
         return TokenEvent(id=request.id, start=i, tokens=[request.seed + i], logprobs=logprobs, finish_reason=end)
 
-    def status(self) -> tuple[str | None, Stats]:
-        return self.problem, Stats(num_running=len(self.live), tokens_owed=7)
+    def status(self) -> Status:
+        return Status(self.problem, Stats(num_running=len(self.live), tokens_owed=7))
 
 
 class Line:
@@ -463,7 +463,7 @@ def test_a_machine_that_stood_still_loses_no_replica(run: Run) -> None:
 
 CHILD = textwrap.dedent("""
     import asyncio, sys
-    from shoal.router.backend import ModelInfo
+    from shoal.router.backend import ModelInfo, Status
     from shoal.router.line import LineLimits, Welcome
     from shoal.router.line_server import MAX_STRANGERS, LineServer
     from shoal.runtime.generation import TokenEvent
@@ -477,7 +477,8 @@ CHILD = textwrap.dedent("""
     async def main():
         welcome = Welcome(sys.argv[1], ModelInfo(model="tiny", max_model_len=512, vocab_size=260))
         limits = LineLimits(beat_s=0.05)
-        server = LineServer(generate, secret=b"s" * 32, welcome=welcome, status=lambda: (None, Stats()), limits=limits)
+        status = Status(None, Stats())
+        server = LineServer(generate, secret=b"s" * 32, welcome=welcome, status=lambda: status, limits=limits)
         print(await server.start("127.0.0.1"), flush=True)
         await asyncio.sleep(60)
 

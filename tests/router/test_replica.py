@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shoal.parallel.group import RankInfo
 from shoal.router.backend import Failure, ModelInfo, ReplicaLost, ReplicaState, error_of, failure_of
 from shoal.router.balance import AnyReplica, LeastLoaded
 from shoal.router.line_client import Address, LineBackend
@@ -57,6 +58,13 @@ class FakeEngine:
 
     def stats(self) -> Stats:
         return Stats(num_running=3, steps=5, finished={"stop": 2})
+
+    @property
+    def state(self) -> str:
+        return "the engine is draining" if self.healthy else "the engine has stopped making steps"
+
+    def ranks(self) -> list[RankInfo]:
+        return [RankInfo(rank=0, stage=0, shard=0, pid=77)]
 
     async def drain(self, timeout_s: float) -> None:
         self.ready = False
@@ -277,7 +285,7 @@ def test_the_directory_lists_who_answers(answers: list[Any] | None) -> None:
 
 def test_the_least_loaded_replica_is_chosen() -> None:
     def state(owed: int, sent: int = 0, problem: str | None = None) -> ReplicaState:
-        return ReplicaState(problem=problem, stats=Stats(tokens_owed=owed), in_flight=0, tokens_sent=sent)
+        return ReplicaState(problem=problem, stats=Stats(tokens_owed=owed), ranks=[], in_flight=0, tokens_sent=sent)
 
     states: dict[str, ReplicaState] = {}
     balancer = LeastLoaded(lambda: states, rng=random.Random(0))
