@@ -87,7 +87,9 @@ def build_parts(config: ShoalConfig, board: Path) -> Parts:
 
         assert config.router.secret is not None
         engine = config.engine
-        launcher = RayLauncher(engine.grid, gpus=engine.device == "cuda") if engine.grid.size > 1 else None
+        launcher = None
+        if engine.grid.size > 1:
+            launcher = RayLauncher(engine.grid, gpus=engine.device == "cuda", timeout_s=engine.start_timeout_s)
         built = build_replica(engine, secret=config.router.secret.encode(), launcher=launcher)
         info = ModelInfo(
             model=config.router.served_model_name[0],

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 CPUS_A_RANK = 0.1  # cores are shared out by threads, not by Ray
 ENGINE_CPUS = 0.1
 CALL_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 2.0  # a node that is cut off does not answer, and until then nobody is told that the group has failed
 PATIENCE_S = 5.0  # before the operator is told what is waited for
+AGAIN_S = 0.5
+LOOK_EVERY_S = 1.0
 
 
 def bundles(grid: Grid, *, gpus: bool) -> list[dict[str, float]]:
@@ -51,26 +54,61 @@ def cpus_needed(replicas: int, grid: Grid) -> int:
 class RayLauncher:
     """A `parallel.launcher.Launcher` in the bundles of the calling actor's placement group."""
 
-    def __init__(self, grid: Grid, *, gpus: bool) -> None:
-        """Call it in the replica's actor."""
+    def __init__(self, grid: Grid, *, gpus: bool, timeout_s: float) -> None:
+        """Call it in the replica's actor. timeout_s: to wait for room."""
         context = ray.get_runtime_context()
         self.node: str = context.get_node_id()
         self.address: str = ray.util.get_node_ip_address()
         self._grid = grid
         self._gpus = gpus
+        self._timeout_s = timeout_s
         group = ray.util.get_current_placement_group()
         assert group is not None, "a replica of several ranks is deployed with a placement group"
         self._group: PlacementGroup = group
-        self._agents: list[Any] = []
+        self._agents: dict[int, Any] = {}  # by stage; kept from one start to the next, as their nurseries are
+        self._asked_at: dict[int, float] = {}
+
+    def warm(self) -> None:
+        """Nothing: agents warm themselves while they are being placed."""
 
     def launch(self, starts: Sequence[RankStart]) -> None:
-        self._agents = [self._agent(stage) for stage in range(self._grid.pp)]
+        """Raises StartupError."""
+        self._place_agents()
         tp = self._grid.tp
         calls = [
             agent.launch.remote([msgspec.msgpack.encode(start) for start in starts[stage * tp : (stage + 1) * tp]])
-            for stage, agent in enumerate(self._agents)
+            for stage, agent in self._agents.items()
         ]
-        self._await(calls)
+        try:
+            ray.get(calls, timeout=CALL_TIMEOUT_S)
+        except (RayError, GetTimeoutError) as error:
+            raise StartupError(f"the ranks could not be started: {_first_line(error)}") from None
+
+    def _place_agents(self) -> None:
+        """An agent in each stage's bundle, wherever Ray puts it; where a node has left, once there is another."""
+        began = time.monotonic()
+        waiting: dict[Any, int] = {}
+        for stage in range(self._grid.pp):
+            if stage not in self._agents:
+                self._agents[stage] = self._agent(stage)
+            waiting[self._agents[stage].is_placed.remote()] = stage
+        while waiting:
+            answers, _ = ray.wait(list(waiting), timeout=PATIENCE_S)
+            for answer in answers:
+                stage = waiting.pop(answer)
+                try:
+                    ray.get(answer)
+                except RayError:  # its node has just gone, and Ray had not noticed yet
+                    time.sleep(AGAIN_S)
+                    self._agents[stage] = self._agent(stage)
+                    waiting[self._agents[stage].is_placed.remote()] = stage
+            seconds = time.monotonic() - began
+            if waiting and seconds > self._timeout_s:
+                raise StartupError(
+                    f"after {seconds:.0f} s (--start-timeout-s) Ray has no room for {self._wanted(waiting.values())}"
+                )
+            if waiting and not answers:
+                log.info("waiting %.0f s for Ray to have room for %s", seconds, self._wanted(waiting.values()))
 
     def _agent(self, stage: int) -> Any:
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=1 + stage)
@@ -78,21 +116,15 @@ class RayLauncher:
         options = {"num_cpus": CPUS_A_RANK * self._grid.tp, "num_gpus": num_gpus, "max_concurrency": 4}
         return ray.remote(StageAgent).options(scheduling_strategy=place, **options).remote()
 
-    def _await(self, calls: list[Any]) -> None:
-        """A node may have to come first (again): say so, and wait. Whoever starts the group has the deadline."""
-        began = time.monotonic()
-        waiting = calls
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE_S)
-            try:
-                ray.get(done)
-            except RayError as error:
-                raise StartupError(f"Ray did not start the ranks: {type(error).__name__}: {error}"[:500]) from None
-            if waiting:
-                seconds = time.monotonic() - began
-                log.info("waiting for Ray to place %d of %d stages (%.0f s)", len(waiting), len(calls), seconds)
+    def _wanted(self, stages: Iterable[int]) -> str:
+        bundle = ", ".join(f"{amount:g} {kind}" for kind, amount in bundles(self._grid, gpus=self._gpus)[1].items())
+        return f"stage {' and '.join(map(str, sorted(stages)))}: {bundle} each, on one node"
 
     def exit_status(self, rank: int, *, timeout_s: float) -> int | None:
+        now = time.monotonic()
+        if timeout_s == 0 and now < self._asked_at.get(rank, 0.0) + LOOK_EVERY_S:  # a call to Ray is no glance
+            return None
+        self._asked_at[rank] = now
         status: int | None = self._ask("exit_status", rank, timeout_s)
         return status
 
@@ -101,20 +133,33 @@ class RayLauncher:
 
     def _ask(self, method: str, rank: int, *args: Any) -> Any:
         """None where the agent, or its node, is gone as well."""
-        if not self._agents:
+        agent = self._agents.get(rank // self._grid.tp)
+        if agent is None:
             return None
-        agent = self._agents[rank // self._grid.tp]
         try:
             return ray.get(getattr(agent, method).remote(rank, *args), timeout=CALL_TIMEOUT_S)
         except (RayError, GetTimeoutError):
             return None
 
     def kill(self) -> None:
-        agents, self._agents = self._agents, []
-        calls = [agent.kill.remote() for agent in agents]
-        ray.wait(calls, num_returns=len(calls), timeout=CALL_TIMEOUT_S) if calls else None
-        for agent in agents:
+        """Agents that confirm it stay for the next start."""
+        calls = {agent.kill.remote(): stage for stage, agent in self._agents.items()}
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        for call, stage in calls.items():
+            try:
+                ray.get(call, timeout=max(deadline - time.monotonic(), 0.0))
+            except (RayError, GetTimeoutError):  # gone with its node, or deaf
+                ray.kill(self._agents.pop(stage))
+
+    def close(self) -> None:
+        self.kill()
+        for agent in self._agents.values():
             ray.kill(agent)
+        self._agents.clear()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 class StageAgent:
@@ -123,8 +168,13 @@ class StageAgent:
     def __init__(self) -> None:
         devices = ray.get_gpu_ids()
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
-        self._launcher = ProcessLauncher(environment=environment)
+        self._launcher = ProcessLauncher(environment=environment, preload=("shoal.runtime.rank",))
+        self._launcher.warm()
         self._node = ray.get_runtime_context().get_node_id()
+
+    def is_placed(self) -> bool:
+        """Answers once the agent runs."""
+        return True
 
     def launch(self, starts: list[bytes]) -> None:
         decoded = [msgspec.msgpack.decode(start, type=RankStart) for start in starts]

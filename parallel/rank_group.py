@@ -67,7 +67,10 @@ class RankGroup(Generic[Plan, Result]):
         decode_result: Callable[[bytes], Result],
         limits: GroupLimits | None = None,
     ) -> None:
-        """Returns when every rank is ready. encode_plan: never to empty bytes. Raises GroupStartError."""
+        """Returns when every rank is ready. encode_plan: never to empty bytes. Raises GroupStartError.
+
+        The launcher is the group's own from now on, and is closed with it.
+        """
         self.depth = grid.pp + 1
         self._grid = grid
         self._launcher = launcher
@@ -79,7 +82,11 @@ class RankGroup(Generic[Plan, Result]):
         self._infos: list[RankInfo] = []
         self._using = threading.Lock()  # the wires: they must not be closed under a thread that uses them
         self._life: _Life | None = None
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            launcher.close()
+            raise
 
     def submit(self, plan: Plan) -> None:
         life = self._living()
@@ -129,10 +136,16 @@ class RankGroup(Generic[Plan, Result]):
         """Any thread may close: a start that goes on elsewhere is given up, a wait for a result ends."""
         self._closing.set()
         self._end()
+        self._launcher.close()
 
     def _start(self) -> None:
         startup = Startup(self._grid, self._launcher, self._program, self._limits, cancelled=self._closing)
-        started = startup.run()
+        try:
+            started = startup.run()
+        except Exception as problem:
+            if self._closing.is_set():  # which has ended the ranks, whatever that looked like from here
+                raise GroupStartError("the group was closed while it started") from problem
+            raise
         self._infos = started.infos
         life = _Life(started, Watch(self._grid.size, self._limits, now=time.monotonic()))
         life.watcher = threading.Thread(target=self._watch, args=(life,), name="shoal-watcher", daemon=True)

@@ -69,6 +69,9 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None, launcher
         # oneDNN keeps a compiled product for each of the last 1024 shapes, some 300 MB of them; a step needs a few.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     prepare_ops(device)
+    if config.grid.size > 1:
+        launcher = launcher or _local_launcher()
+        launcher.warm()
     path = resolve_model(config.model)
     spec = ModelSpec.from_config(open_checkpoint(path).config, max_len=config.max_model_len)
     resolved = config.model_copy(
@@ -78,10 +81,7 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None, launcher
     shares = deal(spec, grid, config.pp_layers)
     depth = _num_microbatches(config) + 1 if config.pp_schedule == "ring" else _num_microbatches(config)
     rank_spec = RankSpec.of(resolved, model_path=path, spec=spec, depth=depth)
-    if grid.size == 1:
-        group, num_blocks = _alone(rank_spec, shares[0])
-    else:
-        group, num_blocks = _grid(rank_spec, grid, launcher)
+    group, num_blocks = _alone(rank_spec, shares[0]) if launcher is None else _grid(rank_spec, grid, launcher)
     eos_token_ids = _eos_token_ids(path, spec)
     scheduler = _scheduler(resolved, spec, num_blocks=num_blocks, eos_token_ids=eos_token_ids, secret=secret)
     return Replica(
@@ -109,9 +109,15 @@ def _alone(rank_spec: RankSpec, share: Share) -> tuple[Group, int]:
     return LocalGroup(rank.worker, info), rank.memory.num_blocks
 
 
-def _grid(rank_spec: RankSpec, grid: Grid, launcher: Launcher | None) -> tuple[Group, int]:
-    """Ranks in processes of their own, and the KV blocks that all of them have room for."""
+def _local_launcher() -> Launcher:
+    """Ranks as processes on this machine."""
     from ..parallel.launcher import ProcessLauncher
+
+    return ProcessLauncher(preload=("shoal.runtime.rank",))
+
+
+def _grid(rank_spec: RankSpec, grid: Grid, launcher: Launcher) -> tuple[Group, int]:
+    """Ranks in processes of their own, and the KV blocks that all of them have room for."""
     from ..parallel.rank_group import RankGroup
     from ..parallel.rank_start import Program
     from ..parallel.watch import GroupLimits
@@ -121,7 +127,7 @@ def _grid(rank_spec: RankSpec, grid: Grid, launcher: Launcher | None) -> tuple[G
     try:
         group: RankGroup[StepPlan, StepResult] = RankGroup(
             grid,
-            launcher=launcher or ProcessLauncher(),
+            launcher=launcher,
             program=Program(
                 factory="shoal.runtime.rank:start_rank",
                 argument=msgspec.msgpack.encode(rank_spec),

@@ -35,16 +35,19 @@ def main(model: str, port: int, folder: Path) -> None:
     }
     config = on_device(load_config(overrides), num_gpus=0)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
-    # A stage asks for 0.2 CPUs, engine and ingress for 0.1 each. So that each node has room for one stage, not two:
-    lodgers = [occupy(ray, node["NodeID"], cpus) for node, cpus in zip(ray.nodes(), (0.5, 0.75), strict=True)]
-    ray.get([lodger.__ray_ready__.remote() for lodger in lodgers])
+    # A stage asks for 0.2 CPUs, engine and ingress for 0.1 each. The ingress finds its place while there is one node;
+    # then each node has room for one stage, and the first for the engine.
+    lodgers = [occupy(ray, ray.nodes()[0]["NodeID"], 0.6)]
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
         board = Board(folder / "board")
         app = build_app(config, board=board.file)
         serve.run_many([serve.RunTarget(app, name="shoal")], wait_for_applications_running=False)
+        while status_of("127.0.0.1", port, "/health") != 200:
+            time.sleep(0.2)
+        second = cluster.add_node(num_cpus=1)
+        lodgers.append(occupy(ray, second.node_id, 0.75))
         deadline = time.monotonic() + 180
         while status_of("127.0.0.1", port, "/ready") != 200:
             assert time.monotonic() < deadline, board.refusal
@@ -65,14 +68,16 @@ def main(model: str, port: int, folder: Path) -> None:
 
 
 def occupy(ray: Any, node: str, cpus: float) -> Any:
-    """An actor that does nothing but hold a part of a node."""
+    """An actor that does nothing but hold a part of a node, from now on."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Lodger:
         pass
 
     place = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(Lodger).options(num_cpus=cpus, scheduling_strategy=place).remote()
+    lodger = ray.remote(Lodger).options(num_cpus=cpus, scheduling_strategy=place).remote()
+    ray.get(lodger.__ray_ready__.remote())
+    return lodger
 
 
 if __name__ == "__main__":
