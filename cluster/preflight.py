@@ -1,4 +1,4 @@
-"""What can be refused before anything starts: a port that is taken, a chat template that is none."""
+"""What can be refused before anything starts: a port that is taken, a chat template that is none, a bad grid."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import socket
 from pathlib import Path
 
+from ..runtime.config import EngineConfig
 from ..runtime.errors import ConfigError, InvalidRequest
+from ..runtime.hub import resolve_model
 
 
 def free_port(host: str, port: int) -> int:
@@ -47,3 +49,19 @@ def read_chat_template(file: Path | None) -> str | None:
     except (UnicodeDecodeError, InvalidRequest) as error:
         raise ConfigError(f"--chat-template {file}: {error}") from None
     return source
+
+
+def check_grid(engine: EngineConfig) -> None:
+    """See that the model can be cut so, before anything starts. One rank alone always can: then nothing is read.
+
+    Raises:
+        ConfigError, CheckpointError: with what is possible.
+    """
+    if engine.grid.size == 1:
+        return
+    from ..runtime.models.spec import ModelSpec
+    from ..runtime.rank import open_checkpoint
+    from ..runtime.share import deal
+
+    config = open_checkpoint(resolve_model(engine.model)).config
+    deal(ModelSpec.from_config(config, max_len=engine.max_model_len), engine.grid, engine.pp_layers)

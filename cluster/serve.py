@@ -26,7 +26,7 @@ from ..runtime.errors import StartupError
 from ..runtime.hub import resolve_model
 from .board import Board
 from .config import ShoalConfig, check_supported, is_loopback
-from .preflight import free_port, read_chat_template
+from .preflight import check_grid, free_port, read_chat_template
 from .processes import Stop, adopting_orphans, ignore_signals, raise_on_signals
 from .progress import Progress
 from .ray_env import ray_environment
@@ -58,6 +58,7 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
     port = free_port(config.server.host, config.server.port)
     resolve_model(config.engine.model)
     chat_template = read_chat_template(config.router.chat_template)
+    check_grid(config.engine)
     run_dir = Path(tempfile.mkdtemp(prefix="shoal-"))
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     ready = False

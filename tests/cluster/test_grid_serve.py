@@ -161,7 +161,6 @@ def test_an_idle_rank_that_dies_is_replaced(server: Server, undisturbed: list[st
     ("arguments", "says"),
     [
         (["-tp", "10"], "1 to 9 ranks"),
-        (["-pp", "31"], "1 to 30"),
         (["-pp", "2", "--pp-layers", "10,10"], "--pp-layers 10,10"),
         (["-tp", "2", "--kv-cache-memory-gb", "0.0001"], "--kv-cache-memory-gb"),
         (["-tp", "2", "--device", "cuda"], "1 x --tensor-parallel-size 2 x"),

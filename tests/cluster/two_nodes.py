@@ -35,10 +35,12 @@ def main(model: str, port: int, folder: Path) -> None:
     }
     config = on_device(load_config(overrides), num_gpus=0)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
-    # A stage asks for 0.2 CPUs, engine and ingress for 0.1 each. The ingress finds its place while there is one node;
-    # then each node has room for one stage, and the first for the engine.
-    lodgers = [occupy(ray, ray.nodes()[0]["NodeID"], 0.6)]
+    # A stage asks for 0.2 CPUs, engine and ingress for 0.1 each. The ingress has to be on the first node, as the second
+    # one is full; then there is room for a stage, and so the first has room for the other and the engine.
+    first = next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != second.node_id)
+    lodgers = [occupy(ray, first, 0.6), occupy(ray, second.node_id, 0.75), occupy(ray, second.node_id, 0.25)]
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
         board = Board(folder / "board")
@@ -46,8 +48,7 @@ def main(model: str, port: int, folder: Path) -> None:
         serve.run_many([serve.RunTarget(app, name="shoal")], wait_for_applications_running=False)
         while status_of("127.0.0.1", port, "/health") != 200:
             time.sleep(0.2)
-        second = cluster.add_node(num_cpus=1)
-        lodgers.append(occupy(ray, second.node_id, 0.75))
+        ray.kill(lodgers.pop())
         deadline = time.monotonic() + 180
         while status_of("127.0.0.1", port, "/ready") != 200:
             assert time.monotonic() < deadline, board.refusal
