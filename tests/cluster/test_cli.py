@@ -52,12 +52,11 @@ def test_every_engine_field_is_a_flag_of_serve() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["-tp", "2"], ["tensor_parallel_size 2", "use 1"]),
-        (["--pipeline-parallel-size", "3"], ["pipeline_parallel_size 3", "use 1"]),
-        (["--replicas", "2"], ["replicas 2", "use 1"]),
+        (["-tp", "0"], ["--tensor-parallel-size", "got 0"]),
+        (["--pp-layers", "8,x"], ["--pp-layers", "'x'"]),
+        (["--replicas", "0"], ["--replicas", "got 0"]),
         (["--redis-url", "redis://127.0.0.1:6379"], ["redis_url", "none"]),
         (["--metrics-port", "9090"], ["metrics_port 9090"]),
-        (["--deterministic"], ["deterministic", "not in this version"]),
         (["--seed", "7"], ["seed 7", "requests"]),
         (["--api-key", ""], ["--api-key:", "not empty"]),
         (["--host", "a" * 300, "--api-key", "k"], ["--host aaa", "not a name of a host"]),
