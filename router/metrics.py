@@ -46,8 +46,8 @@ _TOTALS = {
     "engine_device_seconds": ("Seconds spent computing.", "device_s"),
 }
 _TALLIES = {
-    "request_success": ("Generations that ended, by reason.", "finished", "finished_reason"),
-    "rank_failures": ("Failures of ranks, by cause.", "rank_failures", "cause"),
+    "request_success": ("Generations that ended, by reason.", "finished", ["finished_reason"]),
+    "rank_failures": ("Failures of ranks.", "rank_failures", ["cause", "rank", "station"]),
 }
 
 
@@ -128,18 +128,18 @@ class ReplicaBook(Collector):
             for replica, stats in self._live.items():
                 total.add_metric([replica], float(getattr(stats, field)))
             yield total
-        for name, (text, field, label) in _TALLIES.items():
-            yield self._tally(CounterMetricFamily(_PREFIX + name, text, labels=["replica", label]), field)
+        for name, (text, field, labels) in _TALLIES.items():
+            yield self._tally(CounterMetricFamily(_PREFIX + name, text, labels=["replica", *labels]), field)
 
     def _tally(self, total: CounterMetricFamily, field: str) -> Metric:
         gone = self._departed_tallies[field].copy()
         for stats in self._gone.values():
             gone.update(getattr(stats, field))
         for kind, count in gone.items():
-            total.add_metric([DEPARTED, kind], count)
+            total.add_metric([DEPARTED, *kind.split(",")], count)
         for replica, stats in self._live.items():
             for kind, count in getattr(stats, field).items():
-                total.add_metric([replica, kind], count)
+                total.add_metric([replica, *kind.split(",")], count)
         return total
 
     def _fold(self, last: Stats) -> None:

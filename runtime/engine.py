@@ -139,7 +139,7 @@ class Engine:
         """Count what was in flight as lost. The restart is the next step's, so that events get out before it."""
         self._in_flight.clear()
         self._failure = failure
-        self._rank_failures[failure.cause] += 1
+        self._rank_failures[f"{failure.cause},{failure.rank},{failure.station}"] += 1
         verdict = self._scheduler.recover(is_suspect=failure.is_suspect, slots=failure.slots)
         self._good_steps_due = 1 if verdict.guilty else GOOD_STEPS
         log.warning(

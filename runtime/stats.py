@@ -27,7 +27,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     tokens_owed: the most that live generations may still cost: tokens to compute, prompt and output.
     prefix_query_tokens, prefix_hit_tokens: tokens looked up in the prefix cache, and found there.
     host_s, device_s: seconds spent scheduling and updating, and seconds the ranks reported.
-    restarts: of all ranks. rank_failures: what led to them ("killed", "exception", "hang") -> how often.
+    restarts: of all ranks. rank_failures: "cause,rank,station" of what led to them (see `GroupFailure`) -> how often.
     quarantined, poisoned: generations that ran alone after a failure, and those that ended as its cause.
     """
 

@@ -322,3 +322,11 @@ def test_totals_never_fall() -> None:
     book.update({"b": stats(1, 1), "c": stats(0, 0)})  # b started again from zero
     assert total() == 41
     assert total("shoal_request_success") == 2 + 3 + 1
+
+
+def test_failures_of_ranks_are_counted_by_cause_rank_and_station() -> None:
+    book = ReplicaBook()
+    book.update({"a": Stats(steps=1, rank_failures={"killed,3,all_reduce": 2, "hang,0,layer": 1})})
+    family = next(metric for metric in book.collect() if metric.name == "shoal_rank_failures")
+    found = {tuple(sample.labels.values()): sample.value for sample in family.samples}
+    assert found == {("a", "killed", "3", "all_reduce"): 2, ("a", "hang", "0", "layer"): 1}

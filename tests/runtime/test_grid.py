@@ -6,6 +6,7 @@ Random weights spread the logits widely, so that a sum taken in another order ne
 import itertools
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,17 +59,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 
     @cache
     def save(family: str) -> Any:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        torch.set_num_threads(1)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(TINY | FAMILIES[family])))
-        randomise(model)
-        model.tie_weights()
-        folder = tmp_path_factory.mktemp(family)
-        model.save_pretrained(folder)
-        return folder
+        return save_tiny(tmp_path_factory.mktemp(family), family, **FAMILIES[family])
 
     return save
+
+
+def save_tiny(folder: Path, family: str, **changes: Any) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(TINY | changes)))
+    randomise(model)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return folder
 
 
 def requests(num: int, vocab_size: int = 101) -> list[GenerationRequest]:
@@ -99,6 +103,27 @@ def test_a_batch_of_16_preempted_chunked_and_cached_gives_what_each_gives_alone(
     for changes in ({}, {"max_num_batched_tokens": 256}, {"enable_prefix_caching": False}):
         assert run(engine_over(folder, grid, **changes), work) == alone, changes
     narrow = engine_over(folder, grid, num_blocks=6)
+    assert run(narrow, work) == alone
+    assert narrow.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("tp", [3, 5, 6, 11])
+def test_32_heads_over_any_width(tp, tmp_path):
+    """8 KV heads: contiguous ones up to 8 ranks, copies beyond."""
+    folder = save_tiny(tmp_path, "llama", hidden_size=64, num_attention_heads=32, num_key_value_heads=8, head_dim=4)
+    work = requests(6)
+    expected = run(engine_over(folder, Grid()), work)
+    assert run(engine_over(folder, Grid(tp, 1)), work) == expected
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 1), Grid(3, 2)], ids=str)
+def test_deterministic_grids_say_the_same_alone_and_together(grid, saved):
+    """In bfloat16, where sums in another order do decide tokens: over one grid, whatever else is in the batch."""
+    folder, work = saved("llama"), requests(16)
+    options = {"dtype": "bfloat16", "deterministic": True}
+    alone = run(engine_over(folder, grid, max_num_seqs=1, enable_prefix_caching=False, **options), work)
+    assert run(engine_over(folder, grid, **options), work) == alone
+    narrow = engine_over(folder, grid, num_blocks=6, **options)
     assert run(narrow, work) == alone
     assert narrow.stats().preemptions > 0
 

@@ -82,7 +82,7 @@ def test_logs_go_on_token_for_token(depth: int, is_suspect: bool) -> None:
     run.check()
     stats = run.engine.stats()
     assert (run.group.num_restarts, stats.restarts, stats.poisoned) == (num_failures, num_failures, 0)
-    assert stats.rank_failures == {"exception" if is_suspect else "killed": num_failures}
+    assert stats.rank_failures == {f"{'exception' if is_suspect else 'killed'},0,step": num_failures}
     assert (stats.quarantined > 0) == is_suspect
 
 
