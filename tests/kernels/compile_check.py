@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from shoal.kernels.matmul import matmul
+from shoal.kernels.one_shot import Peers, one_shot_sum
 from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, KVLayer, SamplingBatch
 from shoal.kernels.triton_ops import TritonOps
 
@@ -114,6 +115,11 @@ def run(case: str) -> None:
         case "products":
             matmul(torch.zeros(5, 576, dtype=bf16), torch.zeros(101, 576, dtype=bf16), fp32)
             matmul(torch.zeros(5, 576, dtype=fp32), torch.zeros(101, 576, dtype=fp32))
+        case "one-shot":
+            for size in (2, 3, 8):
+                peers = Peers(torch.zeros(size, dtype=torch.int64), 1)
+                for dtype in (bf16, fp16, fp32):
+                    one_shot_sum(torch.zeros(4, 4096, dtype=dtype), peers)
         case "noise":
             sampling(fp32, greedy=False, filtered=False)
 
