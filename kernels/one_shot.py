@@ -1,8 +1,8 @@
-"""A small sum over GPUs that read each other's memory: one launch, every shard reads all parts and adds them itself.
+"""A small sum over GPUs that read each other's memory: one launch, every shard adds all parts itself.
 
-Each shard has a memory that all map (layout below). A tile of the tensor is a small communicator of its own: its program
-lays the shard's part into the shard's slot, tells every peer, waits for all of them and sums the parts in the order of
-the shards. No program waits for another one of its GPU, so there is no grid-wide barrier.
+Each shard has a memory that all map (layout below). A tile of the tensor is a small communicator of its own: its
+program lays the shard's part into the shard's slot, tells every peer, waits for all of them and sums the parts in the
+order of the shards. No program waits for another one of its GPU, so there is no grid-wide barrier.
 
     two slots, SLOT_BYTES each | flags: int32 [tiles, size], by the shard that writes: the last turn it has laid
 
@@ -93,7 +93,9 @@ def one_shot_sum(x: Tensor, peers: Peers) -> None:
     x: contiguous, of a dtype in SUMMED, at most SLOT_BYTES. Every shard calls it for equal shapes in the same order, on
     one stream. The device waits for the peers without end: who watches the rank must end it when a peer is lost.
     """
-    assert x.is_contiguous() and x.dtype in SUMMED and x.nbytes <= SLOT_BYTES
+    assert x.is_contiguous()
+    assert x.dtype in SUMMED
+    assert x.nbytes <= SLOT_BYTES
     if x.numel() == 0:
         return
     size, tile = peers.addresses.numel(), _TILE_BYTES // x.itemsize

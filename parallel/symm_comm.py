@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
@@ -21,7 +20,7 @@ from ..kernels.one_shot import SLOT_BYTES, SUMMED, Peers, memory_bytes, one_shot
 from .comm import Comm
 from .station import Station
 
-_c10d: Any = c10d  # whose stubs leave out what is used here
+_c10d: Any = c10d  # whose stubs are wrong about what is used here
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +32,14 @@ class Met:
     mapping: object
 
 
-def meet(store: dist.Store, label: str, *, shard: int, size: int) -> Met:
+def meet(store: Any, label: str, *, shard: int, size: int) -> Met:
     """Map the memory of all shards of a group on this rank's current GPU. Each calls it; waits for all of them.
 
-    store: where they meet, the group's own. label: the group's, which no other group of this process has. Raises
-    RuntimeError where they do not come, or where a GPU cannot reach another's memory.
+    store: torch's, where they meet, for this group alone. label: the group's, which no other group of this process
+    has. Raises RuntimeError where they do not come, or where a GPU cannot reach another's memory.
     """
     # Torch finds who meets in one of two places, by its version. The group has no backend: it is a name and a store.
     group = _c10d.ProcessGroup(store, shard, size)
-    group._set_group_name(label)
     _c10d._register_process_group(label, group)
     _c10d._SymmetricMemory.set_group_info(label, shard, size, store)
     device = torch.device("cuda", torch.cuda.current_device())

@@ -43,7 +43,7 @@ def given(turn: int, shard: int) -> torch.Tensor:
 def run_rank(shard: int, addresses: torch.Tensor, turns: int) -> None:
     size = len(addresses)
     comm = OneShotComm(Shard(shard, size), Peers(addresses, shard), Station())
-    pause = random.Random(shard)  # noqa: S311 (to let every rank be the last at times)
+    pause = random.Random(shard)  # so that every rank is the last at times
     for turn in range(turns):
         time.sleep(pause.choice([0, 0, 0.002]))
         x = given(turn, shard)

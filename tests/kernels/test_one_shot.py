@@ -18,7 +18,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 class Memories:
-    """What the shards map, on one device: all but `shard` have laid their part of its next turn."""
+    """What the shards map, on one device: all but `shard` have laid their part of its next turn.
+
+    To be held while the kernel runs, which knows addresses alone.
+    """
 
     def __init__(self, parts: list[torch.Tensor], *, shard: int, before: int = 0) -> None:
         self.size = len(parts)
@@ -35,7 +38,7 @@ class Memories:
 
 
 def parts_of(size: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    return [(torch.randn(shape, device=device) * 10**shard).to(dtype) for shard in range(size)]
+    return [(torch.randn(shape, device=device) * 10 ** (shard % 3)).to(dtype) for shard in range(size)]
 
 
 def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -80,9 +83,18 @@ def test_tells_the_peers_of_its_tiles_alone(device: torch.device) -> None:
 
 def test_keeps_the_sign_of_zero(device: torch.device) -> None:
     parts = [torch.full((4,), -0.0, device=device)] * 2
-    x = parts[0].clone()
-    one_shot_sum(x, Memories(parts, shard=0).peers)
+    memories, x = Memories(parts, shard=0), parts[0].clone()
+    one_shot_sum(x, memories.peers)
     assert torch.signbit(x).all()
+
+
+def test_a_peer_may_be_a_turn_ahead(device: torch.device) -> None:
+    """It can be: what it waits for in this turn is there before what this shard waits for has been seen."""
+    parts = parts_of(3, (600,), torch.float32, device)
+    memories, x = Memories(parts, shard=1), parts[1].clone()
+    memories.flags[1, :, 2] += 1
+    one_shot_sum(x, memories.peers)
+    same_bits(x, fold(torch.add, parts, out=torch.empty_like(x)))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -126,8 +138,8 @@ class Recorder:
 
 def test_comm_leaves_what_it_cannot_sum_to_the_wrapped_one(device: torch.device) -> None:
     parts = parts_of(2, (4, 6), torch.float32, device)
-    wrapped = Recorder()
-    comm = OneShotComm(wrapped, Memories(parts, shard=0).peers, Station())
+    wrapped, memories = Recorder(), Memories(parts, shard=0)
+    comm = OneShotComm(wrapped, memories.peers, Station())
     comm.all_reduce(torch.zeros(SLOT_BYTES // 4 + 1, device=device))
     comm.all_reduce(torch.zeros(3, dtype=torch.int64, device=device))
     comm.all_reduce_max(parts[0])
@@ -137,8 +149,8 @@ def test_comm_leaves_what_it_cannot_sum_to_the_wrapped_one(device: torch.device)
 
 def test_comm_sums_in_place_whatever_the_strides(device: torch.device) -> None:
     parts = parts_of(2, (4, 6), torch.float32, device)
-    wrapped = Recorder()
-    comm = OneShotComm(wrapped, Memories(parts, shard=0).peers, Station())
+    wrapped, memories = Recorder(), Memories(parts, shard=0)
+    comm = OneShotComm(wrapped, memories.peers, Station())
     x = parts[0].t().contiguous().t()
     assert comm.all_reduce(x) is x
     assert torch.equal(x, parts[0] + parts[1])
