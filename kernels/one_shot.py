@@ -37,10 +37,14 @@ def memory_bytes(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """addresses: int64 [size] on the device, of each shard's memory as this one maps it (16-byte aligned)."""
+    """addresses: int64 [size] on the device, of each shard's memory as this one maps it (16-byte aligned).
+
+    held: whatever keeps these addresses mapped.
+    """
 
     addresses: Tensor
     shard: int
+    held: object
 
 
 @triton.jit

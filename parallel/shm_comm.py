@@ -13,7 +13,7 @@ from torch import Tensor
 from .layout import TURNS, CommPlan
 from .peer import absent
 from .shm import Cell, Patience, Segment
-from .station import Station
+from .station import COMPUTE, Station
 from .tensors import Operation, fold, wide
 
 _KEPT_SHAPES = 512  # views of the slots that are kept, by shape
@@ -90,6 +90,7 @@ class SharedMemoryComm:
         for rank, cell in self._others:
             if not cell.wait_for(self._turn, self._deadline_s):
                 raise absent(rank, station, self._deadline_s)
+        self._station.at(COMPUTE)
         return turn
 
     def _view(self, shape: torch.Size, dtype: torch.dtype) -> tuple[_Turn, ...]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .shm_line import LineReader, LineWriter
-from .station import Station
+from .station import COMPUTE, Station
 from .tensors import as_bytes
 
 
@@ -34,12 +34,14 @@ class Joined:
     def send(self, x: Tensor) -> None:
         self._station.at("send")
         self._outlet.send(x)
+        self._station.at(COMPUTE)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self._station.at("receive")
         began = time.perf_counter()
         x = self._inlet.receive(shape, dtype)
         self._station.waited(began)
+        self._station.at(COMPUTE)
         return x
 
 

@@ -2,6 +2,8 @@
 
 import time
 
+COMPUTE = "compute"  # where a rank is that waits for nobody; whoever waits says so again when the wait is over
+
 
 class Station:
     """Written by the rank's thread, read by its heartbeat. Writing is one tuple store, so no lock is needed.

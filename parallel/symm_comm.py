@@ -5,11 +5,10 @@ one launch (kernels/one_shot.py): NCCL's rounds cost more than the bytes do whil
 maxima and gathers go to the `Comm` that it wraps, whose sums have the same order and rounding.
 
 Off by default: nothing makes one. It was never run on GPUs. What ran is its arithmetic and its protocol of flags, in
-Triton's interpreter with CPU memory in place of the GPUs', and its kernel compiles for sm_80 and sm_90; `meet` did not
-run at all. Nothing of a call lives on the host, so it may be captured in a CUDA graph.
+Triton's interpreter with CPU memory in place of the GPUs', and its kernel compiles for sm_80 and sm_90; `meet` did
+not run past its first lines. Nothing of a call lives on the host, so it may be captured in a CUDA graph.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +22,7 @@ from .station import Station
 _c10d: Any = c10d  # whose stubs are wrong about what is used here
 
 
-@dataclass(frozen=True, slots=True)
-class Met:
-    """The peers, and what keeps their memory mapped."""
-
-    peers: Peers
-    memory: Tensor
-    mapping: object
-
-
-def meet(store: Any, label: str, *, shard: int, size: int) -> Met:
+def meet(store: Any, label: str, *, shard: int, size: int) -> Peers:
     """Map the memory of all shards of a group on this rank's current GPU. Each calls it; waits for all of them.
 
     store: torch's, where they meet, for this group alone. label: the group's, which no other group of this process
@@ -49,7 +39,7 @@ def meet(store: Any, label: str, *, shard: int, size: int) -> Met:
     torch.cuda.synchronize(device)  # the flags must be down before a peer can raise one
     mapping = _c10d._SymmetricMemory.rendezvous(memory, label)
     addresses = torch.tensor(mapping.buffer_ptrs, dtype=torch.int64, device=device)
-    return Met(Peers(addresses, shard), memory, mapping)
+    return Peers(addresses, shard, held=(memory, mapping))
 
 
 class OneShotComm:
@@ -60,7 +50,7 @@ class OneShotComm:
     """
 
     def __init__(self, wrapped: Comm, peers: Peers, station: Station) -> None:
-        """wrapped: of the same shards. peers: those of `meet`, whose `Met` must be held as long."""
+        """wrapped: of the same shards. peers: from `meet`."""
         self.shard = wrapped.shard
         self.size = wrapped.size
         self._wrapped = wrapped

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .peer import CONNECT_S, PeerTimeout, absent, name
-from .station import Station
+from .station import COMPUTE, Station
 from .tensors import Operation, as_bytes, fold
 from .wire_plan import Wiring
 
@@ -174,6 +174,7 @@ class TorchComm:
             return fold(operation, self._gather(x, "all_reduce").unbind(), out=x)
         mine = self._scatter(x)
         total = fold(operation, mine.unbind(), out=torch.empty_like(mine[0]))
+        self._station.at("all_reduce")
         return x.copy_(self._gather(total, "all_reduce").view(-1)[: x.numel()].view(x.shape))
 
     def _gather(self, x: Tensor, station: str) -> Tensor:
@@ -181,6 +182,7 @@ class TorchComm:
         gathered = x.new_empty((self.size, *x.shape))
         work = self._group.backend._allgather_base(as_bytes(gathered), as_bytes(x.contiguous()))
         self._group.wait(work, station)
+        self._station.at(COMPUTE)
         return gathered
 
     def _scatter(self, x: Tensor) -> Tensor:
@@ -189,6 +191,7 @@ class TorchComm:
         pieces = torch.nn.functional.pad(x.reshape(-1), (0, piece * self.size - x.numel()))
         mine = x.new_empty((self.size, piece))
         self._group.wait(self._group.backend.alltoall_base(as_bytes(mine), as_bytes(pieces), [], []), "all_reduce")
+        self._station.at(COMPUTE)
         return mine
 
 

@@ -86,8 +86,8 @@ class ModelWorker:
         self._entry.prepare(plan)
         batch = self._table.batch(plan.slices)
         residual_TD = self._entry.hidden(batch)
-        self._station.at("layers")
         hidden_TD = self._runner.layers(residual_TD, batch)
+        self._station.at("exit")
         result = self._exit.finish(hidden_TD, batch, plan)
         return msgspec.structs.replace(result, device_s=time.perf_counter() - began)
 

@@ -117,7 +117,8 @@ def run(case: str) -> None:
             matmul(torch.zeros(5, 576, dtype=fp32), torch.zeros(101, 576, dtype=fp32))
         case "one-shot":
             for size, dtype in ((2, fp32), (3, fp16), (8, bf16)):
-                one_shot_sum(torch.zeros(4, 4096, dtype=dtype), Peers(torch.zeros(size, dtype=torch.int64), 1))
+                peers = Peers(torch.zeros(size, dtype=torch.int64), 1, held=None)
+                one_shot_sum(torch.zeros(4, 4096, dtype=dtype), peers)
         case "noise":
             sampling(fp32, greedy=False, filtered=False)
 

@@ -40,9 +40,9 @@ def given(turn: int, shard: int) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * 10**shard).to(DTYPES[turn // 3 % len(DTYPES)])
 
 
-def run_rank(shard: int, addresses: torch.Tensor, turns: int) -> None:
-    size = len(addresses)
-    comm = OneShotComm(Shard(shard, size), Peers(addresses, shard), Station())
+def run_rank(peers: Peers, turns: int) -> None:
+    shard, size = peers.shard, len(peers.addresses)
+    comm = OneShotComm(Shard(shard, size), peers, Station())
     pause = random.Random(shard)  # so that every rank is the last at times
     for turn in range(turns):
         time.sleep(pause.choice([0, 0, 0.002]))
@@ -61,7 +61,7 @@ def main(size: int, turns: int) -> int:
         child = os.fork()
         if child == 0:
             signal.alarm(60)
-            run_rank(shard, addresses, turns)
+            run_rank(Peers(addresses, shard, held=memory), turns)
             os._exit(0)
         children.append(child)
     return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)

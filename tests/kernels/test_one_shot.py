@@ -18,10 +18,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 class Memories:
-    """What the shards map, on one device: all but `shard` have laid their part of its next turn.
-
-    To be held while the kernel runs, which knows addresses alone.
-    """
+    """What the shards map, on one device: all but `shard` have laid their part of its next turn."""
 
     def __init__(self, parts: list[torch.Tensor], *, shard: int, before: int = 0) -> None:
         self.size = len(parts)
@@ -34,7 +31,8 @@ class Memories:
                 self.bytes[other, begin : begin + part.nbytes] = as_bytes(part.contiguous())
         self.flags[shard] = turn
         self.flags[shard, :, shard] = before
-        self.peers = Peers(torch.tensor([m.data_ptr() for m in self.bytes], device=parts[0].device), shard)
+        addresses = torch.tensor([memory.data_ptr() for memory in self.bytes], device=parts[0].device)
+        self.peers = Peers(addresses, shard, held=self.bytes)
 
 
 def parts_of(size: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
