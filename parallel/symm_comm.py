@@ -17,7 +17,7 @@ from torch._C import _distributed_c10d as c10d
 
 from ..kernels.one_shot import SLOT_BYTES, SUMMED, Peers, memory_bytes, one_shot_sum
 from .comm import Comm
-from .station import Station
+from .station import COMPUTE, Station
 
 _c10d: Any = c10d  # whose stubs are wrong about what is used here
 
@@ -63,6 +63,7 @@ class OneShotComm:
         self._station.at("all_reduce")
         flat = x.contiguous()
         one_shot_sum(flat, self._peers)
+        self._station.at(COMPUTE)
         return x if flat is x else x.copy_(flat)
 
     def all_reduce_max(self, x: Tensor) -> Tensor:

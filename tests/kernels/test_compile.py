@@ -22,6 +22,7 @@ KERNELS = {
     "_decode_kernel",
     "_reduce_kernel",
     "_prefill_kernel",
+    "_one_shot_kernel",
 }
 
 
@@ -37,7 +38,7 @@ def compile_for(capability: int, *cases: str) -> set[str]:
 
 
 def test_compiles_for_hopper() -> None:
-    assert compile_for(90, "elementwise", "sampling", "attention", "products") == KERNELS
+    assert compile_for(90, "elementwise", "sampling", "attention", "products", "one-shot") == KERNELS
 
 
 @pytest.mark.slow
@@ -48,6 +49,7 @@ def test_compiles_every_variant(capability: int) -> None:
         "sampling",
         "noise",
         "products",
+        "one-shot",
         "attention",
         "attention-wide",
         "attention-odd",
