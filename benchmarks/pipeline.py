@@ -149,9 +149,13 @@ def measure(
         )
         launcher = ProcessLauncher(environment={"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"})
         group: RankGroup[StepPlan, StepResult] = RankGroup(
-            Grid(1, stages), launcher=launcher, program=program, encode_plan=encode_plan, decode_result=decode_result
+            Grid(1, stages),
+            launcher=launcher,
+            program=program,
+            encode_plan=encode_plan,
+            decode_result=decode_result,
+            depth=depth,
         )
-        group.depth = depth
         limits = Limits(
             max_model_len=512,
             max_num_seqs=64,

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu import CpuOps
+from .cpu_attention import Shape
 from .ops import Activation, AttentionBatch, AttentionSpec, KVLayer
 from .reference import apply_activation, attend, gather_pages
-from .row_attention import Gather, Shape, plan_attention, run_attention
+from .row_attention import Gather, plan_attention, run_attention
 
 # A product of one row costs as much as one of this many; a long prompt's costs twice what it would in one piece.
 TILE = 16

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
+from .cpu_attention import Ints, Shape
 from .ops import AttentionBatch, KVLayer
 
 # Keys by which a token's shape grows: the padding costs as much as half of these, and shapes that differ cost calls.
@@ -27,17 +27,6 @@ _GROUP = 8
 _FEWEST_TILES = 2
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
-Ints = NDArray[np.int64]
-
-
-class Shape(NamedTuple):
-    """What a plan depends on besides the batch: layers that agree in it share one."""
-
-    kv_heads: int
-    page_size: int
-    window: int | None
-    dtype: torch.dtype
 
 
 class Call(NamedTuple):

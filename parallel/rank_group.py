@@ -66,12 +66,14 @@ class RankGroup(Generic[Plan, Result]):
         encode_plan: Callable[[Plan], bytes],
         decode_result: Callable[[bytes], Result],
         limits: GroupLimits | None = None,
+        depth: int | None = None,
     ) -> None:
-        """Returns when every rank is ready. encode_plan: never to empty bytes. Raises GroupStartError.
+        """Returns when every rank is ready. Raises GroupStartError.
 
+        encode_plan: never to empty bytes. depth: see `WorkerGroup`; default: what the ring of stages needs.
         The launcher is the group's own from now on, and is closed with it.
         """
-        self.depth = grid.pp + 1
+        self.depth = grid.pp + 1 if depth is None else depth
         self._grid = grid
         self._launcher = launcher
         self._program = program

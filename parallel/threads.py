@@ -17,6 +17,7 @@ from .comm import Comm, SoloComm
 from .grid import Grid, Place
 from .group import GroupFailure, GroupStartError, Plan, RankInfo, Result, Worker
 from .ring import Ring
+from .tensors import fold
 
 DEADLINE_S = 60.0
 
@@ -48,14 +49,10 @@ class ThreadComm:
         self.size = meeting.barrier.parties
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        parts = self._meeting.exchange(self.shard, x)
-        total = parts[0].float() if x.dtype.is_floating_point and x.dtype.itemsize < 4 else parts[0].clone()
-        for part in parts[1:]:
-            total += part
-        return x.copy_(total)
+        return fold(torch.add, self._meeting.exchange(self.shard, x), out=x)
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
-        return x.copy_(torch.stack(self._meeting.exchange(self.shard, x)).amax(0))
+        return fold(torch.maximum, self._meeting.exchange(self.shard, x), out=x)
 
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.stack(self._meeting.exchange(self.shard, x))

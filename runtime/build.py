@@ -138,8 +138,8 @@ def _grid(rank_spec: RankSpec, grid: Grid, launcher: Launcher) -> tuple[Group, i
             encode_plan=encode_plan,
             decode_result=decode_result,
             limits=GroupLimits(start_timeout_s=config.start_timeout_s, step_timeout_s=config.step_timeout_s),
+            depth=rank_spec.depth,
         )
-        group.depth = rank_spec.depth
     except GroupStartError as error:
         raise _STARTUP_ERRORS.get(error.kind, StartupError)(str(error)) from None
     log.info("%s", describe_grid(group.ranks()))

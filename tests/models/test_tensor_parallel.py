@@ -1,6 +1,5 @@
 """Shards of one model, run in lockstep in one process, together give the whole model's logits."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from shoal.parallel.partition import cut_vocab, length
+from shoal.parallel.threads import thread_comms
 
 from .support import PagedRun, prompts_of
 
@@ -30,35 +30,6 @@ CASES = {
 }
 
 
-class Lockstep:
-    """What the shards of one group share: whoever calls waits for all."""
-
-    def __init__(self, size):
-        self.barrier = threading.Barrier(size, timeout=30)
-        self.given = [None] * size
-
-    def exchange(self, shard, x):
-        self.given[shard] = x.clone()
-        self.barrier.wait()
-        given = torch.stack(self.given)
-        self.barrier.wait()
-        return given
-
-
-class LockstepComm:
-    def __init__(self, group, shard):
-        self.group, self.shard, self.size = group, shard, group.barrier.parties
-
-    def all_reduce(self, x):
-        return x.copy_(self.group.exchange(self.shard, x).sum(0))
-
-    def all_reduce_max(self, x):
-        return x.copy_(self.group.exchange(self.shard, x).amax(0))
-
-    def all_gather(self, x):
-        return self.group.exchange(self.shard, x)
-
-
 def whole_rows(logits, *, vocab_size, comm):
     """Of each rank's columns; a gather wants equal shapes."""
     sizes = [length(cut_vocab(vocab_size, shard=shard, size=comm.size)) for shard in range(comm.size)]
@@ -71,8 +42,7 @@ def whole_rows(logits, *, vocab_size, comm):
 def test_shards_agree_with_transformers(case, tiny):
     model_type, size, changes = CASES[case]
     made = tiny(model_type, **changes)
-    group = Lockstep(size)
-    comms = [LockstepComm(group, shard) for shard in range(size)]
+    comms = thread_comms(size)
     decoders = [made.decoder(comm=comm) for comm in comms]
 
     def run(shard):
