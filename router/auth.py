@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..runtime.errors import InvalidRequest, Unauthorized
 from .config import RouterConfig
 from .http import error_response
+from .tenant import Tenant
 
 ALIVE_PATH = "/health"
 PUBLIC_PATHS = frozenset({ALIVE_PATH, "/ready"})
@@ -30,10 +31,10 @@ class Keys:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._secret = secret
 
-    def check(self, authorization: bytes | None) -> str:
-        """The caller's tenant. Raises Unauthorized. Takes the same time whichever key is right."""
+    def check(self, authorization: bytes | None) -> Tenant:
+        """The caller. Raises Unauthorized. Takes the same time whichever key is right."""
         if not self._digests:
-            return self.tenant(b"")
+            return Tenant(name="anonymous", salt=self.salt(b""))
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
             raise Unauthorized("no API key: send `Authorization: Bearer KEY`", code="missing_api_key")
@@ -41,9 +42,9 @@ class Keys:
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(matches):
             raise Unauthorized("the API key is not one of this server's", code="invalid_api_key")
-        return self.tenant(digest)
+        return Tenant(name=f"key-{matches.index(True) + 1}", salt=self.salt(digest))
 
-    def tenant(self, *parts: bytes) -> str:
+    def salt(self, *parts: bytes) -> str:
         """A salt that only the secret's holder can make; equal for equal parts."""
         message = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
         return hmac.new(self._secret, message, hashlib.sha256).hexdigest()

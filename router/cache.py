@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from enum import StrEnum
 from typing import Protocol
+
+import msgspec
 
 from ..runtime.generation import GenerationRequest, TokenEvent
 
@@ -11,19 +14,111 @@ Events = AsyncIterator[list[TokenEvent]]
 Lead = Callable[[GenerationRequest], Events]
 
 
-class ResponseCache(Protocol):
-    """Keyed by all that decides the answer: prompt, parameters, seed, tenant, model."""
+class CacheMode(StrEnum):
+    """What a client may ask of the cache (`X-Shoal-Cache`)."""
 
-    def open(self, request: GenerationRequest, lead: Lead) -> Events:
-        """The log's events from wherever they are had; `lead(request)` makes them anew.
+    AUTO = "auto"  # a hit, a shared flight, or a new one that is stored
+    BYPASS = "bypass"  # neither read nor stored
+    REFRESH = "refresh"  # made anew, and stored over what is there
+    ONLY = "only"  # a finished log or nothing
 
-        Never fails because of the cache, and adds at most 60 ms.
+
+class CacheStatus(StrEnum):
+    """Where an answer came from (`X-Shoal-Cache` of the answer)."""
+
+    HIT = "hit"
+    SHARED = "shared"
+    MISS = "miss"
+    BYPASS = "bypass"
+
+
+class Caching(msgspec.Struct, frozen=True, kw_only=True):
+    """How one log stands to the cache.
+
+    scope: who may share it: a tenant's salt, or one for all. is_reproducible: asked again, the log would be the same
+    (temperature 0, or the client's seed). idempotency: the client's `Idempotency-Key` and which of the request's logs
+    this is; such a log is kept, whether it is reproducible or not, so that the same request sent again goes on with it.
+    resumes: the client has had a part of it (`Last-Event-ID`).
+    """
+
+    mode: CacheMode = CacheMode.AUTO
+    scope: str = ""
+    is_reproducible: bool = False
+    idempotency: tuple[str, int] | None = None
+    resumes: bool = False
+
+
+class Reading(Protocol):
+    """One reader's way through one log: `async for events in reading`, from its first token to its terminal event.
+
+    status, age_s: where it comes from, and how old a replayed log is; settled before the first events are there.
+    """
+
+    status: CacheStatus
+    age_s: float
+
+    def __aiter__(self) -> AsyncIterator[list[TokenEvent]]: ...
+
+    async def __anext__(self) -> list[TokenEvent]:
+        """All events that are there, at least one.
+
+        Raises:
+            CacheMiss: mode ONLY, and there is no finished log. LogLost: the client has had a part of a log that is gone
+            and cannot be made again. ShoalError: as whoever makes the log raised it; the log ends with it.
         """
         ...
+
+    def stopped(self, length: int, stop: str) -> None:
+        """The log is complete with `length` tokens: there its text came to the stop string `stop`."""
+        ...
+
+    async def aclose(self) -> None:
+        """This reader leaves. Where nobody else reads, the generation is aborted. Idempotent."""
+        ...
+
+
+class ResponseCache(Protocol):
+    """Keyed by all that decides the answer: model, prompt, parameters, seed, tenant."""
+
+    def open(self, request: GenerationRequest, lead: Lead, caching: Caching) -> Reading:
+        """The log from wherever it is had; `lead(request)` makes it, or makes it go on behind `request.tokens`.
+
+        Never fails because of the store behind it, and adds at most 60 ms.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Leave what is led or read. Idempotent."""
+        ...
+
+
+class Led:
+    """A log that is this reader's alone: nothing is looked up, shared or stored."""
+
+    status = CacheStatus.BYPASS
+    age_s = 0.0
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+
+    def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        return await anext(self._events)
+
+    def stopped(self, length: int, stop: str) -> None:
+        return
+
+    async def aclose(self) -> None:
+        await self._events.aclose()  # type: ignore[attr-defined]  # every `lead` is an async generator
 
 
 class NoCache:
     """The null cache: every log is made anew."""
 
-    def open(self, request: GenerationRequest, lead: Lead) -> Events:
-        return lead(request)
+    def open(self, request: GenerationRequest, lead: Lead, caching: Caching) -> Reading:
+        return Led(lead(request))
+
+    async def close(self) -> None:
+        return

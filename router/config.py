@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -16,6 +16,39 @@ def _check_key(key: str) -> str:
     if not re.fullmatch("[!-~]+", key):
         raise ValueError("an API key is not empty and has neither spaces nor characters beyond ASCII")
     return key
+
+
+class TenantConfig(BaseModel):
+    """One owner of keys. `shoal keys new` makes a key and the digest to write down here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="In metrics and logs.")
+    keys: tuple[Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")], ...] = Field(
+        (), repr=False, description="SHA-256 digests of its API keys, `sha256:` and 64 hexadecimal digits."
+    )
+    priority: int = Field(0, ge=-100, le=100, description="Lower goes first.")
+    weight: float = Field(1.0, gt=0, le=1000, description="Its share of the service while others wait, too.")
+    requests_per_minute: float | None = Field(None, gt=0, description="More are refused (429).")
+    tokens_per_minute: float | None = Field(None, gt=0, description="Prompt and answer; more are refused (429).")
+    token_budget: int | None = Field(None, ge=1, description="Tokens in all over `budget_s` seconds.")
+    budget_s: float = Field(86_400.0, gt=0, description="After so long a budget is whole again.")
+    max_in_flight: int | None = Field(None, ge=1, description="Its generations admitted and unfinished.")
+    shares_cache: bool = Field(False, description="Reads and fills the cache that all such tenants share.")
+
+
+class Rung(BaseModel):
+    """One rung of the ladder that is climbed as load grows. Each holds from its load on, all below it too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    load: float = Field(gt=0, description="Generations in flight or waiting, as a share of max_in_flight.")
+    max_tokens: int | None = Field(None, ge=1, description="Answers are cut to so many tokens.")
+    truncate_to: int | None = Field(
+        None, ge=1, description="Prompts of requests that say `truncation: auto` keep their last so many tokens."
+    )
+    model: str | None = Field(None, description="Requests go to this smaller model (its served name).")
+    shed: bool = Field(False, description="Requests of tenants with priority 0 or more are refused (503).")
 
 
 class RouterConfig(BaseModel):
@@ -50,3 +83,23 @@ class RouterConfig(BaseModel):
     body_timeout_s: float = Field(30.0, gt=0, description="A body must be complete in this time; else 408.")
     send_timeout_s: float = Field(60.0, gt=0, description="A client that takes nothing for so long is given up.")
     ready_timeout_s: float = Field(1.0, gt=0, description="Replicas must say where they listen in this time.")
+
+    tenants: tuple[TenantConfig, ...] = Field((), description="Who has which keys, and what they may use.")
+    ladder: tuple[Rung, ...] = Field((), description="What is given up as load grows, lowest load first.")
+    max_queued: int = Field(1024, ge=0, description="Generations that wait for a place among max_in_flight.")
+    max_wait_s: float = Field(30.0, gt=0, description="Longest wait for a place; then 503.")
+
+    cache_mode: Literal["reproducible", "all", "off"] = Field(
+        "reproducible", description="What is cached: answers at temperature 0 or with a seed, all answers, or none."
+    )
+    cache_ttl_s: float = Field(3600.0, gt=0, description="How long a cached answer is used.")
+    cache_max_bytes: int = Field(2**20, ge=1024, le=2**26, description="Longer logs, compressed, are not stored.")
+    flight_lease_s: float = Field(3.0, gt=0.1, description="A leading ingress silent for so long is replaced.")
+    flight_keep_s: float = Field(300.0, gt=0, description="How long an unfinished log can be continued.")
+    redis_timeout_s: float = Field(0.05, gt=0, le=5, description="For one answer of Redis.")
+
+    resume_attempts: int = Field(3, ge=0, description="Replicas that may be lost under one generation; 0: none.")
+    resume_wait_s: float = Field(30.0, ge=0, description="How long a log waits for a replica that can continue it.")
+
+    vllm_metrics: bool = Field(False, description="Serve the metrics that dashboards use under vLLM's names, too.")
+    log_prompts: bool = Field(False, description="Write prompts and answers to the request log.")

@@ -8,16 +8,15 @@ generations. Invariant: iterating ends after every choice has its finish reason,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, cast
 
 from ..runtime.errors import RequestTimeout, RowFailed, ShoalError, Unavailable
-from ..runtime.generation import FinishReason, GenerationRequest, TokenEvent
+from ..runtime.generation import FinishReason, TokenEvent
+from .cache import CacheStatus, Reading
 from .text import Choice, Piece
 
-Events = AsyncIterator[list[TokenEvent]]
 GRACE_S = 5.0  # the engine ends a generation at its deadline; behind this the router no longer waits for it
 
 
@@ -27,14 +26,15 @@ class Flight:
     def __init__(
         self,
         choices: Sequence[Choice],
-        follow: Callable[[GenerationRequest], Events],
+        read: Callable[[Choice], Reading],
         *,
         on_event: Callable[[Choice, TokenEvent], None],
         on_end: Callable[[], None],
     ) -> None:
         self.choices = choices
         self.error: Exception | None = None
-        self._follow = follow
+        self._read = read
+        self._readings: list[Reading] = []
         self._on_event = on_event
         self._on_end = on_end
         self._pieces: list[Piece] = []
@@ -43,6 +43,15 @@ class Flight:
         self._tasks: list[asyncio.Task[None]] = []
         self._deadline: asyncio.TimerHandle | None = None
         self._closed = False
+
+    def origin(self) -> tuple[CacheStatus, float]:
+        """Where the answer comes from, and the age of its oldest part in seconds; settled with the first pieces.
+
+        Of several choices the costliest counts: one that was made makes the answer a miss.
+        """
+        order = (CacheStatus.BYPASS, CacheStatus.MISS, CacheStatus.SHARED, CacheStatus.HIT)
+        status = min((reading.status for reading in self._readings), key=order.index)
+        return status, max(reading.age_s for reading in self._readings)
 
     def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -98,12 +107,16 @@ class Flight:
         return pieces
 
     async def _fly(self, choice: Choice) -> None:
+        reading = self._read(choice)
+        self._readings.append(reading)
         try:
-            async with aclosing(cast("Any", self._follow(choice.request))) as batches:
-                async for batch in batches:
+            async with aclosing(reading):
+                async for batch in reading:
                     for event in batch:
                         self._land(choice, event)
                         if choice.finished:  # perhaps by a stop string, ahead of the engine: leaving aborts the rest
+                            if choice.stopped_by is not None:
+                                reading.stopped(choice.num_tokens, choice.stopped_by)
                             return
         except ShoalError as error:
             self.fail(error)

@@ -31,10 +31,12 @@ _STATUSES: list[tuple[type[Exception], int, str]] = [
     (e.NotFound, 404, "invalid_request_error"),
     (e.MethodNotAllowed, 405, "invalid_request_error"),
     (e.RequestTimeout, 408, "timeout_error"),
+    (e.LogLost, 409, "invalid_request_error"),
     (e.TooLarge, 413, "invalid_request_error"),
     (e.UnsupportedMedia, 415, "invalid_request_error"),
     (e.QueueFull, 429, "rate_limit_error"),
     (e.RequestError, 400, "invalid_request_error"),
+    (e.CacheMiss, 504, "server_error"),
     (e.EngineDead, 503, "server_error"),
     (e.Unavailable, 503, "server_error"),
 ]

@@ -5,25 +5,25 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from functools import partial
+from collections.abc import Callable
 
 import msgspec
 
 from ..runtime.errors import NotFound, Unavailable
-from ..runtime.generation import GenerationRequest, TokenEvent
+from ..runtime.generation import TokenEvent
 from ..runtime.text import Text
 from .admission import Admission
 from .auth import Keys, keys_of
 from .backend import Backend, ModelInfo
 from .balance import AnyReplica, Balancer
-from .cache import NoCache, ResponseCache
+from .cache import Caching, NoCache, Reading, ResponseCache
 from .config import RouterConfig
 from .flight import Flight
 from .metrics import RouterMetrics
 from .prepare import Job, Preparer
-from .resume import follow
+from .resume import Resume
 from .schema import Body, ChatRequest, CompletionRequest, SamplingBody
+from .tenant import Tenant
 from .text import Choice
 
 
@@ -57,6 +57,7 @@ class Ingress:
         self.keys: Keys = keys_of(config)
         self.admission = Admission(config.max_in_flight, clock=clock)
         self.metrics = RouterMetrics()
+        self._resume = Resume(backend, self.balancer, config=config, meter=self.metrics.resume)
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
         self._served: tuple[ModelInfo, Text] | None = None
         self._flights: set[Flight] = set()
@@ -80,17 +81,17 @@ class Ingress:
     def text(self) -> Text:
         return self.served()[1]
 
-    async def chat(self, body: ChatRequest, tenant: str) -> Launch:
+    async def chat(self, body: ChatRequest, tenant: Tenant) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
         prepare = self.preparer(body)
         id = f"chatcmpl-{uuid.uuid4().hex}"
-        return self._launch(await prepare.chat(body, id=id, tenant=self._tenant(body, tenant)), id)
+        return self._launch(await prepare.chat(body, id=id, tenant=self._salt(body, tenant)), id)
 
-    async def completion(self, body: CompletionRequest, tenant: str) -> Launch:
+    async def completion(self, body: CompletionRequest, tenant: Tenant) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
         prepare = self.preparer(body)
         id = f"cmpl-{uuid.uuid4().hex}"
-        return self._launch(await prepare.completion(body, id=id, tenant=self._tenant(body, tenant)), id)
+        return self._launch(await prepare.completion(body, id=id, tenant=self._salt(body, tenant)), id)
 
     def preparer(self, body: Body) -> Preparer:
         """Raises NotFound: the body asks for a model that we do not serve."""
@@ -143,13 +144,15 @@ class Ingress:
             self._flights.discard(flight)
             self.metrics.e2e.observe(time.monotonic() - arrived)
 
-        flight = Flight(choices, partial(self.cache.open, lead=self._lead), on_event=landed, on_end=ended)
+        def read(choice: Choice) -> Reading:
+            return self.cache.open(choice.request, self._resume.follow, Caching())
+
+        flight = Flight(choices, read, on_event=landed, on_end=ended)
         self._flights.add(flight)
         flight.start()
         return Launch(id, job, flight)
 
-    def _lead(self, request: GenerationRequest) -> AsyncIterator[list[TokenEvent]]:
-        return follow(request, backend=self.backend, balancer=self.balancer)
-
-    def _tenant(self, body: SamplingBody, tenant: str) -> str:
-        return tenant if body.cache_salt is None else self.keys.tenant(tenant.encode(), body.cache_salt.encode())
+    def _salt(self, body: SamplingBody, tenant: Tenant) -> str:
+        return (
+            tenant.salt if body.cache_salt is None else self.keys.salt(tenant.salt.encode(), body.cache_salt.encode())
+        )

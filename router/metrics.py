@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from ..runtime.generation import TokenEvent
 from ..runtime.stats import Stats
+from .meters import AdmissionMeter, CacheMeter, ResumeMeter, RoutingMeter, StoreMeter
 from .text import Choice
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -70,6 +71,11 @@ class RouterMetrics:
         self.stream_errors = Counter(
             _PREFIX + "stream_errors", "Streams that ended with an error event.", registry=self.registry
         )
+        self.store = StoreMeter(self.registry)
+        self.cache = CacheMeter(self.registry)
+        self.resume = ResumeMeter(self.registry)
+        self.admission = AdmissionMeter(self.registry)
+        self.routing = RoutingMeter(self.registry)
 
     def answered(self, route: str, status: int) -> None:
         self.responses.labels(route, str(status)).inc()

@@ -48,6 +48,7 @@ class Choice:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.finished = False
+        self.stopped_by: str | None = None  # the stop string that ended it, perhaps ahead of the engine
         self.last_event: float | None = None  # when its last tokens came, on time.monotonic's clock
         self._output = output
 
@@ -57,6 +58,7 @@ class Choice:
         text, stop = self._output.push(event.tokens, event.finish_reason is not None)
         used = self._output.num_tokens - self.num_tokens
         self.num_tokens += used
+        self.stopped_by = stop
         reason = FinishReason.STOP if stop is not None else event.finish_reason
         self.finished = reason is not None
         return Piece(

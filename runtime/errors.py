@@ -8,12 +8,14 @@
     │   ├── NotFound            no such model or route: 404
     │   ├── MethodNotAllowed    405
     │   ├── RequestTimeout      the deadline passed before the end: 408
+    │   ├── LogLost             the log that was to be continued is gone: 409
     │   ├── TooLarge            the body is over its limit: 413
     │   ├── UnsupportedMedia    the body is not JSON by its own header: 415
     │   └── QueueFull           try again later: 429, with `retry_after`
     ├── EngineError             our fault: 5xx
     │   ├── EngineDead          the engine has stopped and will not come back by itself: 503
     │   ├── Unavailable         not ready, or draining: 503, with `retry_after`
+    │   ├── CacheMiss           the client wanted a cached answer or none: 504
     │   └── RowFailed           this generation alone failed (a NaN in its logits, say): 500
     └── StartupError            the operator's: refused before anything runs
         ├── ConfigError         a flag or key is wrong
@@ -64,6 +66,13 @@ class RequestTimeout(RequestError):
     """The request's deadline passed before its end."""
 
 
+class LogLost(RequestError):
+    """The client has had a part of a log that is gone, and that cannot be made again."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "log_lost") -> None:
+        super().__init__(message, param=param, code=code)
+
+
 class TooLarge(RequestError):
     """The body is over its limit."""
 
@@ -94,6 +103,12 @@ class Unavailable(EngineError):
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class CacheMiss(EngineError):
+    """The client wanted a cached answer or none, and there is none."""
+
+    code = "cache_miss"
 
 
 class RowFailed(EngineError):

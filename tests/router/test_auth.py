@@ -89,7 +89,7 @@ def test_each_key_is_a_tenant_of_its_own(server: Server) -> None:
 def test_tenants_depend_on_the_secret() -> None:
     assert Keys([], secret=b"a").check(None) != Keys([], secret=b"b").check(None)
     assert Keys([], secret=b"a").check(None) == Keys([], secret=b"a").check(b"Bearer whatever")
-    assert Keys([], secret=b"a").tenant(b"ab", b"c") != Keys([], secret=b"a").tenant(b"a", b"bc")
+    assert Keys([], secret=b"a").salt(b"ab", b"c") != Keys([], secret=b"a").salt(b"a", b"bc")
 
 
 def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,17 @@ from itertools import count
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from shoal.parallel.group import RankInfo
 from shoal.router.backend import Failure, ModelInfo, ReplicaLost, ReplicaState, error_of, failure_of
 from shoal.router.balance import AnyReplica, LeastLoaded
+from shoal.router.config import RouterConfig
 from shoal.router.line_client import Address, LineBackend
+from shoal.router.meters import ResumeMeter
 from shoal.router.metrics import ReplicaBook
 from shoal.router.replica import Parts, Replica, ServeDirectory
-from shoal.router.resume import follow
+from shoal.router.resume import Resume
 from shoal.runtime import errors as e
 from shoal.runtime.generation import (
     FinishReason,
@@ -99,7 +102,8 @@ def token(start: int, *, end: FinishReason | None = None, error: str | None = No
 
 
 async def collect(backend: LineBackend, asked: GenerationRequest) -> list[TokenEvent]:
-    return [event async for batch in follow(asked, backend=backend, balancer=AnyReplica()) for event in batch]
+    resume = Resume(backend, AnyReplica(), config=RouterConfig(), meter=ResumeMeter(CollectorRegistry()))
+    return [event async for batch in resume.follow(asked) for event in batch]
 
 
 def run(engine: FakeEngine, asked: GenerationRequest | None = None) -> list[TokenEvent]:
