@@ -19,6 +19,7 @@ from ..runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalEr
 from .auth import Guard
 from .backend import ReplicaState
 from .body import ClientGone, read_json
+from .headers import Asks, read_asks
 from .http import error_response
 from .ingress import Ingress, Launch
 from .metrics import CONTENT_TYPE
@@ -62,16 +63,18 @@ class Handlers:
     async def chat(self, request: Request) -> Response:
         """Answer a conversation, streamed or not."""
         body = await self._read(ChatRequest, request)
-        launch = await self._ingress.chat(body, request.scope["shoal.tenant"])
+        asks = read_asks(request.scope["headers"])
+        launch = await self._ingress.chat(body, request.scope["shoal.tenant"], asks)
         shape = ChatShape(_heading(launch, body), launch.job, self._speller(body))
-        return await self._answer(request, body, launch, shape)
+        return await self._answer(request, body, asks, launch=launch, shape=shape)
 
     async def completion(self, request: Request) -> Response:
         """Go on with one or many prompts, streamed or not."""
         body = await self._read(CompletionRequest, request)
-        launch = await self._ingress.completion(body, request.scope["shoal.tenant"])
+        asks = read_asks(request.scope["headers"])
+        launch = await self._ingress.completion(body, request.scope["shoal.tenant"], asks)
         shape = CompletionShape(_heading(launch, body), launch.job, self._speller(body))
-        return await self._answer(request, body, launch, shape)
+        return await self._answer(request, body, asks, launch=launch, shape=shape)
 
     async def tokenize(self, request: Request) -> Response:
         """A prompt or a conversation as token ids."""
@@ -126,7 +129,9 @@ class Handlers:
         headers = dict(request.scope["headers"])
         return parse(kind, await read_json(headers, request.receive, self._ingress.config))
 
-    async def _answer(self, request: Request, body: SamplingBody, launch: Launch, shape: Shape) -> Response:
+    async def _answer(
+        self, request: Request, body: SamplingBody, asks: Asks, *, launch: Launch, shape: Shape
+    ) -> Response:
         options = body.stream_options
         answer = Answer(
             flight=launch.flight,
@@ -135,6 +140,9 @@ class Handlers:
             include_usage=bool(options and options.include_usage),
             send_timeout_s=self._ingress.config.send_timeout_s,
             on_error=self._ingress.metrics.stream_errors.inc,
+            headers=launch.headers,
+            has_ids=asks.idempotency_key is not None or asks.received is not None,
+            received=asks.received,
         )
         return await respond(answer, request.receive, stream=bool(body.stream))
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from ..runtime.errors import NotFound, Unavailable
+from ..runtime.errors import InvalidRequest, NotFound, Unavailable
 from ..runtime.generation import TokenEvent
 from ..runtime.text import Text
 from .admission import Admission
 from .auth import Keys, keys_of
 from .backend import Backend, ModelInfo
 from .balance import AnyReplica, Balancer
-from .cache import Caching, NoCache, Reading, ResponseCache
+from .cache import CacheMode, CacheStatus, Caching, NoCache, Reading, ResponseCache
 from .config import RouterConfig
 from .flight import Flight
+from .headers import CACHE, CACHE_AGE, DEGRADED, IDEMPOTENCY_KEY, LAST_EVENT_ID, Asks
 from .metrics import RouterMetrics
 from .prepare import Job, Preparer
 from .resume import Resume
@@ -26,13 +27,27 @@ from .schema import Body, ChatRequest, CompletionRequest, SamplingBody
 from .tenant import Tenant
 from .text import Choice
 
+SHARED_SCOPE = "shared"  # no salt looks like it
 
-class Launch(msgspec.Struct, frozen=True):
-    """An admitted request: what was asked, as its logs, and the flight that brings the answer."""
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """An admitted request: what was asked, as its logs, and the flight that brings the answer.
+
+    id: of the answer. degraded: what was given less of under load, as its header says it; None where nothing was.
+    """
 
     id: str
     job: Job
     flight: Flight
+    degraded: str | None = None
+
+    def headers(self) -> dict[str, str]:
+        """Of the answer, once its first pieces are there."""
+        status, age_s = self.flight.origin()
+        headers = {CACHE: status.value}
+        if status is CacheStatus.HIT:
+            headers[CACHE_AGE] = str(int(age_s))
+        return headers if self.degraded is None else headers | {DEGRADED: self.degraded}
 
 
 class Ingress:
@@ -63,8 +78,12 @@ class Ingress:
         self._flights: set[Flight] = set()
         self._scraping = asyncio.Lock()
 
-    def open(self, info: ModelInfo, text: Text) -> None:
-        """Take requests from now on. info: what a replica says it serves. text: that model's tokenizer and template."""
+    def open(self, info: ModelInfo, text: Text, *, cache: ResponseCache | None = None) -> None:
+        """Take requests from now on. info: what a replica says it serves. text: that model's tokenizer and template.
+
+        cache: of that model's answers.
+        """
+        self.cache = cache or self.cache
         self._served = info, text
 
     def served(self) -> tuple[ModelInfo, Text]:
@@ -81,17 +100,19 @@ class Ingress:
     def text(self) -> Text:
         return self.served()[1]
 
-    async def chat(self, body: ChatRequest, tenant: Tenant) -> Launch:
+    async def chat(self, body: ChatRequest, tenant: Tenant, asks: Asks) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
         prepare = self.preparer(body)
-        id = f"chatcmpl-{uuid.uuid4().hex}"
-        return self._launch(await prepare.chat(body, id=id, tenant=self._salt(body, tenant)), id)
+        job = await prepare.chat(body, id=uuid.uuid4().hex, tenant=self._salt(body, tenant))
+        id = f"chatcmpl-{self._answer_id(tenant, asks)}"
+        return self._launch(job, id, self._caching(body, tenant, asks), received=_received(job, body, asks))
 
-    async def completion(self, body: CompletionRequest, tenant: Tenant) -> Launch:
+    async def completion(self, body: CompletionRequest, tenant: Tenant, asks: Asks) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
         prepare = self.preparer(body)
-        id = f"cmpl-{uuid.uuid4().hex}"
-        return self._launch(await prepare.completion(body, id=id, tenant=self._salt(body, tenant)), id)
+        job = await prepare.completion(body, id=uuid.uuid4().hex, tenant=self._salt(body, tenant))
+        id = f"cmpl-{self._answer_id(tenant, asks)}"
+        return self._launch(job, id, self._caching(body, tenant, asks), received=_received(job, body, asks))
 
     def preparer(self, body: Body) -> Preparer:
         """Raises NotFound: the body asks for a model that we do not serve."""
@@ -131,9 +152,12 @@ class Ingress:
         for flight in list(self._flights):
             flight.fail(Unavailable("the server is shutting down before the answer's end", retry_after=1.0))
 
-    def _launch(self, job: Job, id: str) -> Launch:
+    def _launch(self, job: Job, id: str, caching: Caching, *, received: Sequence[int]) -> Launch:
         arrived = time.monotonic()
-        choices = [Choice(i, request, self.text.output(request.params)) for i, request in enumerate(job.requests)]
+        choices = [
+            Choice(i, request, self.text.output(request.params), received=had)
+            for i, (request, had) in enumerate(zip(job.requests, received, strict=True))
+        ]
         ticket = self.admission.enter(len(choices))
 
         def landed(choice: Choice, event: TokenEvent) -> None:
@@ -145,14 +169,66 @@ class Ingress:
             self.metrics.e2e.observe(time.monotonic() - arrived)
 
         def read(choice: Choice) -> Reading:
-            return self.cache.open(choice.request, self._resume.follow, Caching())
+            return self.cache.open(choice.request, self._resume.follow, _of_choice(caching, choice.index))
 
         flight = Flight(choices, read, on_event=landed, on_end=ended)
         self._flights.add(flight)
         flight.start()
-        return Launch(id, job, flight)
+        return Launch(id=id, job=job, flight=flight)
+
+    def _answer_id(self, tenant: Tenant, asks: Asks) -> str:
+        """The same whenever the request is sent again under its key."""
+        if asks.idempotency_key is None:
+            return uuid.uuid4().hex
+        return self.keys.salt(tenant.salt.encode(), b"answer", asks.idempotency_key.encode())[:32]
+
+    def _caching(self, body: SamplingBody, tenant: Tenant, asks: Asks) -> Caching:
+        """What `body` may be answered from. What is neither looked up nor stored can be continued all the same."""
+        mode = asks.cache or CacheMode.AUTO
+        if self.config.cache_mode == "off":
+            mode = CacheMode.BYPASS
+        is_reproducible = body.temperature == 0 or body.seed is not None or self.config.cache_mode == "all"
+        idempotency = None
+        if asks.idempotency_key is not None:
+            idempotency = (asks.idempotency_key, 0)
+            if mode is CacheMode.BYPASS:
+                mode, is_reproducible = CacheMode.AUTO, False
+        if asks.received is not None and idempotency is None and not is_reproducible:
+            raise InvalidRequest(
+                f"{LAST_EVENT_ID} needs the {IDEMPOTENCY_KEY} under which the request was first sent: an answer that "
+                "was sampled without a seed cannot be made again",
+                param=LAST_EVENT_ID,
+            )
+        return Caching(
+            mode=mode,
+            scope=SHARED_SCOPE if tenant.shares_cache and body.cache_salt is None else self._salt(body, tenant),
+            is_reproducible=is_reproducible,
+            idempotency=idempotency,
+            resumes=asks.received is not None,
+        )
 
     def _salt(self, body: SamplingBody, tenant: Tenant) -> str:
         return (
             tenant.salt if body.cache_salt is None else self.keys.salt(tenant.salt.encode(), body.cache_salt.encode())
         )
+
+
+def _received(job: Job, body: SamplingBody, asks: Asks) -> list[int]:
+    """Tokens that the client has had, of each choice. Raises InvalidRequest."""
+    num_choices = len(job.requests)
+    if asks.received is None:
+        return [0] * num_choices
+    if not body.stream:
+        raise InvalidRequest(f"{LAST_EVENT_ID} needs stream: true", param=LAST_EVENT_ID)
+    if len(asks.received) != num_choices:
+        raise InvalidRequest(
+            f"{LAST_EVENT_ID} counts the tokens of {len(asks.received)} choices; this request has {num_choices}",
+            param=LAST_EVENT_ID,
+        )
+    return asks.received
+
+
+def _of_choice(caching: Caching, index: int) -> Caching:
+    if caching.idempotency is None:
+        return caching
+    return msgspec.structs.replace(caching, idempotency=(caching.idempotency[0], index))

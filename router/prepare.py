@@ -245,7 +245,7 @@ class Preparer:
                 "(max_total_tokens)",
                 param="max_tokens",
             )
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = self._draw_seed() if params.seed is None else params.seed
         timeout = self._timeout(body.timeout)
         requests = [
             GenerationRequest(
@@ -262,6 +262,10 @@ class Preparer:
         ]
         wanted = body.prompt_logprobs is not None
         return Job(prompts=prompts, requests=requests, n=params.n, prompt_logprobs=wanted)
+
+    def _draw_seed(self) -> int:
+        """Where all answers are cached, equal requests are to have equal ones."""
+        return 0 if self._config.cache_mode == "all" else secrets.randbits(63)
 
     def _truncated(self, prompt: Prompt, keep: int | None, max_tokens: int) -> Prompt:
         """The prompt's last `keep` tokens; -1: as many as the context takes beside the answer."""

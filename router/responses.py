@@ -193,24 +193,31 @@ class CompletionShape:
         return choice | _end(piece)
 
     def _text(self, piece: Piece) -> str:
-        if self._job.echo is not None and piece.index not in self._offsets:
+        if self._job.echo is not None and piece.index not in self._offsets and not piece.skipped:
             return self._job.echo[piece.index // self._job.n] + piece.text
         return piece.text
 
     def _logprobs(self, piece: Piece) -> dict[str, list[Any]] | None:
         """The piece's tokens, behind the prompt's in the first piece of an echo."""
         first = piece.index not in self._offsets
-        offset = self._offsets.setdefault(piece.index, 0)
+        offset = self._offsets.get(piece.index, 0) + sum(map(self._speller.length, self._had(piece)))
+        self._offsets[piece.index] = offset
         if self._job.requests[piece.index].params.logprobs is None:
             return None
         tokens: Sequence[int] = piece.tokens
         logprobs: Sequence[TokenLogprob | None] = piece.logprobs or []
-        if first and self._job.echo is not None:
+        if first and self._job.echo is not None and not piece.skipped:
             ids = self._job.prompts[piece.index // self._job.n].ids
             tokens, logprobs = [*ids, *tokens], [*(piece.prompt_logprobs or [None] * len(ids)), *logprobs]
         spelled = self._speller.completion(tokens, logprobs, offset=offset)
         self._offsets[piece.index] = offset + sum(self._speller.length(token) for token in tokens)
         return spelled
+
+    def _had(self, piece: Piece) -> list[int]:
+        """Tokens whose text stands before the piece's in an answer that goes on where it broke off."""
+        if not piece.skipped or self._job.echo is None or piece.index in self._offsets:
+            return piece.skipped
+        return [*self._job.prompts[piece.index // self._job.n].ids, *piece.skipped]
 
 
 def _prefix(heading: Heading, kind: str) -> bytes:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from .body import ClientGone
 from .flight import Flight
+from .headers import event_id
 from .http import DONE, STREAM_HEADERS, error_event
 from .responses import Shape, Usage
 from .text import Piece, merge
@@ -23,6 +24,8 @@ from .text import Piece, merge
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What one request gets: the flight that brings it and the shape it takes.
 
+    headers: asked for when the first pieces are there. received: of each choice, where this goes on with a stream that
+    broke off; then every event carries an id to go on from, which clients that never asked may take for data.
     on_error: called where a stream ends with an error event; its status is 200 for ever.
     """
 
@@ -32,6 +35,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool
     send_timeout_s: float
     on_error: Callable[[], None]
+    headers: Callable[[], dict[str, str]]
+    has_ids: bool = False
+    received: list[int] | None = None
 
 
 async def respond(answer: Answer, receive: Receive, *, stream: bool) -> Response:
@@ -44,7 +50,8 @@ async def respond(answer: Answer, receive: Receive, *, stream: bool) -> Response
         await stack.enter_async_context(answer.flight)
         await stack.enter_async_context(_watching(receive, answer.flight))
         if not stream:
-            return Response(await _whole(answer), media_type="application/json")
+            whole = await _whole(answer)
+            return Response(whole, media_type="application/json", headers=answer.headers())
         first = await anext(answer.flight)
         return EventStream(answer, first, stack.pop_all())
 
@@ -65,11 +72,13 @@ class EventStream(Response):
         self._answer = answer
         self._first = first
         self._stack = stack
+        self._counts = list(answer.received or [0] * len(answer.flight.choices))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._stack:
             try:
-                await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+                own = [(name.encode(), value.encode()) for name, value in self._answer.headers().items()]
+                await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS, *own]})
                 await self._run(send)
             except ClientGone:
                 return
@@ -77,7 +86,7 @@ class EventStream(Response):
     async def _run(self, send: Send) -> None:
         answer = self._answer
         try:
-            opening = answer.shape.opening(len(answer.flight.choices))
+            opening = b"" if answer.received else answer.shape.opening(len(answer.flight.choices))
             await self._send(send, opening + self._chunks(self._first))
             async for ready in answer.flight:
                 if events := self._chunks(ready):
@@ -99,13 +108,21 @@ class EventStream(Response):
             raise ClientGone from None
 
     def _chunks(self, ready: Sequence[Piece]) -> bytes:
-        shape = self._answer.shape
         if len(ready) == 1:
-            return shape.chunk(ready[0])
+            return self._chunk(ready[0])
         grouped: dict[int, list[Piece]] = {}
         for piece in ready:
             grouped.setdefault(piece.index, []).append(piece)
-        return b"".join([shape.chunk(merge(pieces)) for pieces in grouped.values()])
+        return b"".join([self._chunk(merge(pieces)) for pieces in grouped.values()])
+
+    def _chunk(self, piece: Piece) -> bytes:
+        chunk = self._answer.shape.chunk(piece)
+        if not self._answer.has_ids:
+            return chunk
+        self._counts[piece.index] += len(piece.tokens)
+        if piece.finish_reason is not None:  # one more says that the client has had the end
+            self._counts[piece.index] = self._answer.flight.choices[piece.index].num_tokens + 1
+        return b"id: %b\n%b" % (event_id(self._counts), chunk) if chunk else b""
 
 
 @asynccontextmanager

@@ -11,7 +11,10 @@ from ..runtime.text import OutputText
 
 
 class Piece(msgspec.Struct):
-    """What one event added to one choice, as text. `index` counts choices over all prompts."""
+    """What one event added to one choice, as text. `index` counts choices over all prompts.
+
+    skipped: tokens before these that the client has had already.
+    """
 
     index: int
     text: str
@@ -20,6 +23,7 @@ class Piece(msgspec.Struct):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    skipped: list[int] = []
 
 
 def merge(pieces: Sequence[Piece]) -> Piece:
@@ -36,13 +40,15 @@ def merge(pieces: Sequence[Piece]) -> Piece:
         prompt_logprobs=next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None), None),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
+        skipped=[token for piece in pieces for token in piece.skipped],
     )
 
 
 class Choice:
     """One log on its way to text."""
 
-    def __init__(self, index: int, request: GenerationRequest, output: OutputText) -> None:
+    def __init__(self, index: int, request: GenerationRequest, output: OutputText, *, received: int = 0) -> None:
+        """received: tokens that the client has had already, and one more if it had the end: not written again."""
         self.index = index
         self.request = request
         self.num_tokens = 0
@@ -51,22 +57,30 @@ class Choice:
         self.stopped_by: str | None = None  # the stop string that ended it, perhaps ahead of the engine
         self.last_event: float | None = None  # when its last tokens came, on time.monotonic's clock
         self._output = output
+        self._received = received
 
     def take(self, event: TokenEvent) -> Piece:
         """The event as text. A stop string ends the choice at the token that completed it, whatever came behind."""
         self.num_cached_tokens = self.num_cached_tokens or event.num_cached_tokens
-        text, stop = self._output.push(event.tokens, event.finish_reason is not None)
+        # Text is a matter of single tokens, so what the client has had ends exactly where it was cut off.
+        had = max(0, min(len(event.tokens), self._received - self.num_tokens))
+        if had:
+            self._output.push(event.tokens[:had], finished=False)
+        text, stop = self._output.push(event.tokens[had:], finished=event.finish_reason is not None)
         used = self._output.num_tokens - self.num_tokens
         self.num_tokens += used
         self.stopped_by = stop
         reason = FinishReason.STOP if stop is not None else event.finish_reason
         self.finished = reason is not None
+        if self.finished and self._received > self.num_tokens:
+            text = ""  # what was held back to the end, it has had, too
         return Piece(
             self.index,
             text,
-            event.tokens[:used],
-            logprobs=None if event.logprobs is None else event.logprobs[:used],
+            event.tokens[had:used],
+            logprobs=None if event.logprobs is None else event.logprobs[had:used],
             prompt_logprobs=event.prompt_logprobs,
             finish_reason=None if reason is None else reason.value,
             stop_reason=event.stop_reason if stop is None else stop,
+            skipped=event.tokens[:had],
         )
