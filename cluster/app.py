@@ -7,8 +7,8 @@ What differs between deployments (where ranks live, which cache, which balancer)
 from __future__ import annotations
 
 import asyncio
+import hmac
 import random
-import secrets
 import time
 from functools import partial
 from pathlib import Path
@@ -54,10 +54,8 @@ def build_app(config: ShoalConfig, *, board: Path, chat_template: str | None = N
 
     board: where a replica on this machine posts how its start goes. chat_template: instead of the model's own.
     """
-    if config.router.secret is None:  # one for router and engine alike
-        router = config.router.model_copy(update={"secret": secrets.token_hex(32)})
-        config = config.model_copy(update={"router": router})
-    secret = secrets.token_bytes(32)  # what the two ends of a line prove to each other
+    assert config.router.secret is not None, "the command gives the cluster's"
+    secret = hmac.digest(config.router.secret.encode(), b"line", "sha256")  # what a line's ends prove to each other
     replica: Any = serve.deployment(
         name="replica",
         num_replicas=config.server.replicas,
@@ -82,6 +80,7 @@ def build_parts(config: ShoalConfig, board: Path) -> Parts:
         from ..router.backend import ModelInfo
         from ..runtime.async_engine import AsyncEngine
         from ..runtime.build import build_replica
+        from ..runtime.fingerprint import model_digest
         from ..runtime.grammar import GrammarCompiler
         from ..runtime.tokenizer_files import load_tokenizer
 
@@ -93,6 +92,7 @@ def build_parts(config: ShoalConfig, board: Path) -> Parts:
         built = build_replica(engine, secret=config.router.secret.encode(), launcher=launcher)
         info = ModelInfo(
             model=config.router.served_model_name[0],
+            digest=model_digest(built.model_path, str(built.dtype), f"deterministic={engine.deterministic}"),
             max_model_len=built.max_model_len,
             vocab_size=built.spec.vocab_size,
             eos_token_ids=list(built.eos_token_ids),

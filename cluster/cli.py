@@ -16,7 +16,8 @@ from .processes import Stop
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 ENGINE_FLAGS = section_fields("engine", skip=("model",))
-SERVE_FLAGS = [*section_fields("server"), *section_fields("router", skip=("secret", "limits")), *ENGINE_FLAGS]
+FILE_ONLY = ("secret", "tenants", "ladder")  # a list of processes shows flags, and these are no single values
+SERVE_FLAGS = [*section_fields("server"), *section_fields("router", skip=FILE_ONLY), *ENGINE_FLAGS]
 CHAT_FLAGS = [*ENGINE_FLAGS, ("router", "chat_template")]
 DEMO_FLAGS = [*ENGINE_FLAGS, *[("server", name) for name in ("host", "port", "allow_anonymous", "haproxy")]]
 

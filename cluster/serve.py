@@ -30,6 +30,7 @@ from .preflight import check_grid, free_port, read_chat_template
 from .processes import Stop, adopting_orphans, ignore_signals, raise_on_signals
 from .progress import Progress
 from .ray_env import ray_environment
+from .secret import cluster_secret, default_file
 
 APP = "shoal"
 POLL_S = 0.05
@@ -59,6 +60,7 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
     resolve_model(config.engine.model)
     chat_template = read_chat_template(config.router.chat_template)
     check_grid(config.engine)
+    config = with_secret(config)
     run_dir = Path(tempfile.mkdtemp(prefix="shoal-"))
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     ready = False
@@ -85,6 +87,14 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def with_secret(config: ShoalConfig) -> ShoalConfig:
+    """The config with the cluster's secret in it. Raises ConfigError."""
+    if config.router.secret is not None:
+        return config
+    router = config.router.model_copy(update={"secret": cluster_secret(default_file())})
+    return config.model_copy(update={"router": router})
 
 
 def start_ray(config: ShoalConfig, run_dir: Path) -> None:

@@ -17,9 +17,13 @@ from ..runtime.stats import Stats
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ingress must know of the model that replicas serve. Lengths in tokens."""
+    """What the ingress must know of the model that replicas serve. Lengths in tokens.
+
+    digest: of its weights, its tokenizer and what else decides its tokens (runtime/fingerprint.py).
+    """
 
     model: str
+    digest: str = ""
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int] = msgspec.field(default_factory=list)

@@ -86,7 +86,7 @@ class RouterConfig(BaseModel):
 
     tenants: tuple[TenantConfig, ...] = Field((), description="Who has which keys, and what they may use.")
     ladder: tuple[Rung, ...] = Field((), description="What is given up as load grows, lowest load first.")
-    max_queued: int = Field(1024, ge=0, description="Generations that wait for a place among max_in_flight.")
+    max_waiting: int = Field(1024, ge=0, description="Generations that wait for a place among max_in_flight.")
     max_wait_s: float = Field(30.0, gt=0, description="Longest wait for a place; then 503.")
 
     cache_mode: Literal["reproducible", "all", "off"] = Field(

@@ -1,4 +1,4 @@
-"""What a model is, as one digest: of two that differ in anything that decides tokens, one never answers for the other."""
+"""What a model is, as one digest: of two that differ in what decides tokens, one never answers for the other."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ def main(model: str, port: int, folder: Path) -> None:
     from shoal.cluster.serve import status_of
 
     overrides = {
+        ("router", "secret"): "s" * 64,
         ("engine", "model"): model,
         ("engine", "dtype"): "float32",
         ("engine", "device"): "cpu",
