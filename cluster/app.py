@@ -64,7 +64,11 @@ def build_app(config: ShoalConfig, *, board: Path, chat_template: str | None = N
         **_lifecycle(config),
     )(Replica)
     ingress: Any = serve.deployment(
-        name="ingress", max_ongoing_requests=NO_LIMIT, ray_actor_options={"num_cpus": 0.1}, **_lifecycle(config)
+        name="ingress",
+        num_replicas=config.server.ingresses,
+        max_ongoing_requests=NO_LIMIT,
+        ray_actor_options={"num_cpus": 0.1},
+        **_lifecycle(config),
     )(serve.ingress()(IngressActor))
     parts = partial(build_parts, config, board)
     bound: serve.Application = ingress.bind(

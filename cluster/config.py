@@ -34,7 +34,12 @@ class ServerConfig(BaseModel):
     allow_anonymous: bool = Field(False, description="Listen beyond loopback without any API key.")
     metrics_port: int | None = Field(None, ge=1, le=65535, description="A port for /metrics alone (later).")
     replicas: int = Field(1, ge=1, description="Engines behind the router.")
-    redis_url: str = Field("none", description="Response cache: none (later: embedded, or redis://host:port).")
+    ingresses: int = Field(1, ge=1, description="Routers in front of the replicas.")
+    redis_url: str = Field(
+        "none",
+        description="For cached, shared and continued answers: embedded (a Redis of our own on this machine), none, or "
+        "redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://.",
+    )
     haproxy: bool = Field(True, description="HAProxy and Serve's fast data path in front; else Serve's own proxy.")
     startup_timeout_s: float = Field(600, gt=0, description="Give up if the service is not ready by then.")
     shutdown_timeout_s: float = Field(10, ge=0, description="How long running generations may go on after SIGTERM.")

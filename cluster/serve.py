@@ -208,12 +208,13 @@ def stop_ray(config: ShoalConfig) -> None:
 
 
 def drain(timeout_s: float) -> None:
-    """The ingress takes nothing new, and what runs ends by itself or with a terminal event at the deadline."""
+    """The ingresses take nothing new, and what runs ends by itself or with a terminal event at the deadline."""
     from ray import serve
 
     async def ask() -> None:  # handles want a running loop when Serve is set for throughput
         handle = serve.get_app_handle(APP)
-        await handle.drain.remote(timeout_s)
+        await handle.check_health.remote()  # a new handle knows of no replica before its first call
+        await handle.broadcast("drain", timeout_s).results_async(timeout_s=timeout_s + 1, return_exceptions=True)
         await handle.shutdown_async()
 
     asyncio.run(ask())

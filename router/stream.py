@@ -25,7 +25,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What one request gets: the flight that brings it and the shape it takes.
 
     headers: asked for when the first pieces are there. received: of each choice, where this goes on with a stream that
-    broke off; then every event carries an id to go on from, which clients that never asked may take for data.
+    broke off; then events with tokens carry an id to go on from, which clients that never asked may take for data.
     on_error: called where a stream ends with an error event; its status is 200 for ever.
     """
 
