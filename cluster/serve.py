@@ -19,17 +19,18 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from ..runtime.errors import StartupError
 from ..runtime.hub import resolve_model
 from .board import Board
-from .config import ShoalConfig, check_supported, is_loopback
+from .config import EMBEDDED, NO_REDIS, ShoalConfig, check_supported, is_loopback
 from .preflight import check_grid, free_port, read_chat_template
 from .processes import Stop, adopting_orphans, ignore_signals, raise_on_signals
 from .progress import Progress
 from .ray_env import ray_environment
+from .redis_server import embedded_redis
 from .secret import cluster_secret, default_file
 
 APP = "shoal"
@@ -65,7 +66,7 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     ready = False
     try:
-        with adopting_orphans():
+        with adopting_orphans(), with_redis(config, run_dir, progress) as config:
             try:
                 raise_on_signals()
                 progress.phase("starting Ray")
@@ -95,6 +96,21 @@ def with_secret(config: ShoalConfig) -> ShoalConfig:
         return config
     router = config.router.model_copy(update={"secret": cluster_secret(default_file())})
     return config.model_copy(update={"router": router})
+
+
+@contextmanager
+def with_redis(config: ShoalConfig, run_dir: Path, progress: Progress) -> Iterator[ShoalConfig]:
+    """Within: the config with the URL of a Redis that runs, our own where it says so; `none` where there is none."""
+    with ExitStack() as stack:
+        if config.server.redis_url == EMBEDDED:
+            try:
+                url = stack.enter_context(embedded_redis(run_dir / "redis"))
+            except StartupError as problem:
+                progress.note(f"Answers will not be cached: {problem}")
+                url = NO_REDIS
+            server = config.server.model_copy(update={"redis_url": url})
+            config = config.model_copy(update={"server": server})
+        yield config
 
 
 def start_ray(config: ShoalConfig, run_dir: Path) -> None:
@@ -242,7 +258,7 @@ def announce(config: ShoalConfig, url: str) -> None:
     """Where it listens, and who may come in."""
     names = ", ".join(config.router.served_model_name)
     print(f"Serving {names} at {url}/v1", flush=True)
-    if not config.router.api_keys:
+    if not (config.router.api_keys or config.router.tenants):
         reach = "only this machine can reach it" if is_loopback(config.server.host) else "ANYONE can use it"
         print(f"No API key is set: {reach}.", flush=True)
 

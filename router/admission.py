@@ -1,80 +1,258 @@
-"""Station 3: who may come in. A pure class: no I/O, no waiting, the clock is handed in.
+"""Station 3: who may come in, in what order, and what is given up under load.
 
-There is one queue, the engine's; the router only caps how many generations are admitted and unfinished, so that a
-refusal leaves at once and says when to come back. Invariant: `in_flight` is the sum of the weights of open tickets.
+A request passes the tenant's rates (`rates.py`). What of it must be made anew, and only that, then waits for a place
+in one queue that all tenants share fairly (`fair_queue.py`, pure): a cached answer or a shared flight takes none. Here
+are only the waiting and the accounts. What is refused is refused at once, with the time after which it is worth another
+try, or as soon as its turn can no longer come.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
-from ..runtime.errors import QueueFull, Unavailable
+from ..runtime.errors import QueueFull, RequestTimeout, ShoalError, Unavailable
+from .config import RouterConfig
+from .fair_queue import Entry, FairQueue
+from .ladder import Degradation, Ladder
+from .meters import AdmissionMeter
+from .rates import Charge, RateLimited, Rates
+from .tenant import Tenant
 
-_SMOOTHING = 0.1  # weight of the newest gap between two ends in the mean
-_MIN_RETRY_S, _MAX_RETRY_S = 0.1, 30.0
+_SHED_RETRY_S = 5.0
+_OUTCOMES = (
+    (RateLimited, "rate_limited"),
+    (QueueFull, "queue_full"),
+    (RequestTimeout, "expired"),
+    (Unavailable, "unavailable"),
+)
 
 
-class Ticket:
-    """Leave to run `weight` generations; closing it twice is closing it once."""
+class Grant:
+    """What a tenant's rates let one request have. headers: how the tenant stands since."""
 
-    def __init__(self, admission: Admission, weight: int) -> None:
+    def __init__(self, admission: Admission, tenant: Tenant, charge: Charge) -> None:
+        self.headers = charge.headers
         self._admission: Admission | None = admission
-        self.weight = weight
+        self._tenant = tenant
+        self._charge = charge
+        self._used = 0
+
+    def use(self, num_tokens: int) -> None:
+        """So many tokens were computed for it, prompt or answer. What comes from the cache costs nothing."""
+        self._used += num_tokens
+
+    def close(self, error: Exception | None = None) -> None:
+        """The request has ended, with `error`: the rates get back what it did not use. Twice is once."""
+        if self._admission is not None:
+            self._admission._settle(self._charge, used=self._used, served=error is None or self._used > 0)
+            self._admission._count(self._tenant, error)
+            self._admission = None
+
+
+class Place:
+    """Leave to run `weight` generations. waited_s: for it, in the queue."""
+
+    def __init__(self, admission: Admission, entry: Entry, *, waited_s: float) -> None:
+        self.weight = entry.weight
+        self.waited_s = waited_s
+        self._admission: Admission | None = admission
+        self._entry = entry
+        self._output = 0
+
+    def charge(self, num_tokens: int) -> None:
+        """So many tokens of output have come."""
+        self._output += num_tokens
+        if self._admission is not None:
+            self._admission._served(self._entry, num_tokens)
 
     def close(self) -> None:
+        """The place is free again. Twice is once."""
         if self._admission is not None:
-            self._admission._leave(self.weight)
+            self._admission._leave(self._entry, output=self._output)
             self._admission = None
 
 
 class Admission:
-    """Caps the generations in flight; refuses all once draining."""
+    """The door of one ingress. Belongs to one event loop."""
 
-    def __init__(self, max_in_flight: int, *, clock: Callable[[], float]) -> None:
-        self.in_flight = 0
+    def __init__(
+        self, config: RouterConfig, *, rates: Rates, meter: AdmissionMeter, clock: Callable[[], float]
+    ) -> None:
         self.draining = False
-        self._max = max_in_flight
+        self._max_wait_s = config.max_wait_s
+        self._rates = rates
+        self._meter = meter
         self._clock = clock
-        self._mean_gap_s: float | None = None  # between two ends, smoothed
-        self._since = 0.0  # the last end, or when the first one came in after an idle time
+        self._queue = FairQueue(config.max_in_flight, config.max_waiting, clock=clock)
+        self._ladder = Ladder(config.ladder)
+        self._waiting: dict[Entry, asyncio.Future[None]] = {}
+        self._settling: set[asyncio.Task[None]] = set()
+        meter.load.set_function(lambda: self._queue.load)
 
-    def check(self) -> None:
-        """Refuse before the body is read: cheap, so that refusals under overload cost next to nothing.
+    @property
+    def in_flight(self) -> int:
+        return self._queue.in_flight
+
+    def check(self, tenant: Tenant) -> Degradation:
+        """Refuse before the body is read, so that it costs next to nothing. Gives what is to be given up at this load.
 
         Raises:
-            Unavailable: draining. QueueFull: no room for even one generation.
+            Unavailable: draining, or the load is so high that the tenant's requests are shed.
         """
-        if self.draining:
-            raise Unavailable("the server is draining and takes no new requests", retry_after=1.0)
-        if self.in_flight >= self._max:
-            raise self._full(1)
+        try:
+            self._check_draining()
+            degradation = self._ladder.at(self._queue.load)
+            if degradation.shed and tenant.priority >= 0:
+                self.degraded("shed")
+                raise Unavailable(
+                    f"{self._queue.load:.2f} times the generations that can run are here; requests like this one are "
+                    "shed (ladder)",
+                    retry_after=_SHED_RETRY_S,
+                )
+        except ShoalError as refusal:
+            self._count(tenant, refusal)
+            raise
+        return degradation
 
-    def enter(self, weight: int) -> Ticket:
-        """Admit `weight` generations, all or none. Raises as `check` does."""
-        self.check()
-        if self.in_flight and self.in_flight + weight > self._max:  # one too big for the cap runs when it is alone
-            raise self._full(weight)
-        if not self.in_flight:
-            self._since = self._clock()  # a quiet night is no pace
-        self.in_flight += weight
-        return Ticket(self, weight)
+    async def grant(self, tenant: Tenant, *, tokens: int) -> Grant:
+        """Charge the tenant's rates with a request that may come to so many tokens, prompt and answers.
+
+        Raises:
+            RateLimited: over the tenant's rates or budget. Unavailable: draining.
+        """
+        try:
+            self._check_draining()
+            charge = await self._rates.charge(tenant, tokens=tokens)
+        except ShoalError as refusal:
+            self._count(tenant, refusal)
+            raise
+        return Grant(self, tenant, charge)
+
+    async def place(
+        self,
+        tenant: Tenant,
+        *,
+        weight: int = 1,
+        priority: int | None = None,
+        prompt_tokens: int = 0,
+        timeout_s: float | None = None,
+    ) -> Place:
+        """A place for `weight` generations, all or none, as soon as it is their turn.
+
+        priority: of the request, where it differs from its tenant's. timeout_s: the request's own deadline, from now.
+
+        Raises:
+            QueueFull: no room, or put out for a tenant with less. RequestTimeout: the deadline has passed.
+            Unavailable: draining, or the wait was too long.
+        """
+        self._check_draining()
+        if timeout_s is not None and timeout_s <= 0:
+            raise RequestTimeout("the deadline passed before the request could be looked at (timeout)")
+        priority = tenant.priority if priority is None else priority
+        entry = Entry(tenant, weight=weight, priority=priority, prompt_tokens=prompt_tokens)
+        waited_s = await self._take_place(entry, timeout_s)
+        self._meter.wait.observe(waited_s)
+        self._meter.tokens.labels(tenant.name, "prompt").inc(prompt_tokens)
+        return Place(self, entry, waited_s=waited_s)
+
+    def degraded(self, rung: str) -> None:
+        """A request was given less: of what, in a word."""
+        self._meter.degraded.labels(rung).inc()
 
     def drain(self) -> None:
+        """Take nobody in any more; who waits is refused, who has a place keeps it."""
         self.draining = True
+        for entry in list(self._waiting):
+            if entry in self._waiting:
+                self._let_in(self._queue.leave(entry))
+                self._end_wait(entry, _draining())
 
-    def _leave(self, weight: int) -> None:
-        now = self._clock()
-        self.in_flight -= weight
-        gap = (now - self._since) / weight
-        mean = gap if self._mean_gap_s is None else self._mean_gap_s
-        self._mean_gap_s = mean + _SMOOTHING * (gap - mean)
-        self._since = now
+    async def close(self) -> None:
+        """Until the accounts are settled."""
+        while self._settling:
+            await asyncio.wait(self._settling)
 
-    def _full(self, weight: int) -> QueueFull:
-        over = self.in_flight + weight - self._max
-        wait = min(_MAX_RETRY_S, max(_MIN_RETRY_S, over * (self._mean_gap_s or 1.0)))
-        return QueueFull(
-            f"{self.in_flight} generations are in flight and {weight} more were asked for; "
-            f"at most {self._max} are admitted (max_in_flight)",
-            retry_after=wait,
+    def _check_draining(self) -> None:
+        if self.draining:
+            raise _draining()
+
+    async def _take_place(self, entry: Entry, timeout_s: float | None) -> float:
+        """Until it has its place; the seconds that took. However else it ends, the entry is in the queue no more."""
+        began = self._clock()
+        patience = self._max_wait_s if timeout_s is None else min(self._max_wait_s, timeout_s)
+        let_in, put_out = self._queue.offer(entry, patience_s=patience)
+        for other in put_out:
+            self._end_wait(other, _crowded_out(other, self._queue.retry_after(other.weight)))
+        self._let_in(let_in)
+        if entry.in_flight:
+            return 0.0
+        future = self._waiting[entry] = asyncio.get_running_loop().create_future()
+        queued = self._meter.queued.labels(entry.tenant.name)
+        queued.inc(entry.weight)
+        try:
+            async with asyncio.timeout(patience):
+                await future
+        except BaseException as error:
+            if self._waiting.pop(entry, None) is not None or entry.in_flight:
+                self._let_in(self._queue.leave(entry))
+            if isinstance(error, TimeoutError):
+                raise self._too_late(patience, timeout_s) from None
+            raise
+        finally:
+            queued.dec(entry.weight)
+        return self._clock() - began
+
+    def _let_in(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            self._end_wait(entry, None)
+
+    def _end_wait(self, entry: Entry, error: ShoalError | None) -> None:
+        future = self._waiting.pop(entry, None)
+        if future is None or future.done():  # it never waited, or its client has left this very moment
+            return
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    def _too_late(self, waited_s: float, timeout_s: float | None) -> ShoalError:
+        if timeout_s is not None and timeout_s <= self._max_wait_s:
+            return RequestTimeout(f"the deadline passed after {timeout_s:.3g} s in the queue (timeout)")
+        return Unavailable(
+            f"no place came free in {waited_s:g} s (max_wait_s): {self._queue.in_flight} generations are in flight and "
+            f"{self._queue.waiting} wait",
+            retry_after=self._queue.retry_after(1),
         )
+
+    # Of grants and places
+
+    def _served(self, entry: Entry, num_tokens: int) -> None:
+        self._queue.charge(entry.tenant, output=num_tokens)
+
+    def _leave(self, entry: Entry, *, output: int) -> None:
+        self._let_in(self._queue.leave(entry))
+        self._meter.tokens.labels(entry.tenant.name, "output").inc(output)
+
+    def _settle(self, charge: Charge, *, used: int, served: bool) -> None:
+        if charge.limits:
+            task = asyncio.get_running_loop().create_task(self._rates.settle(charge, used=used, served=served))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+
+    def _count(self, tenant: Tenant, error: Exception | None) -> None:
+        outcome = (
+            "served" if error is None else next((word for kind, word in _OUTCOMES if isinstance(error, kind)), "failed")
+        )
+        self._meter.requests.labels(tenant.name, outcome).inc()
+
+
+def _draining() -> Unavailable:
+    return Unavailable("the server is draining and takes no new requests", retry_after=1.0)
+
+
+def _crowded_out(entry: Entry, retry_after: float) -> QueueFull:
+    return QueueFull(
+        f"the queue is full (max_waiting), and of all tenants {entry.tenant.name} has the most in it for its weight",
+        retry_after=retry_after,
+    )

@@ -6,6 +6,7 @@ Handlers take the raw request, so that every refusal, from a wrong method to a m
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -16,13 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalError
+from . import request_log
 from .auth import Guard
-from .backend import ReplicaState
 from .body import ClientGone, read_json
 from .headers import Asks, read_asks
+from .health import describe_cluster
 from .http import error_response
 from .ingress import Ingress, Launch
 from .metrics import CONTENT_TYPE
+from .request_log import EXCHANGE, Exchange, Overhear
 from .responses import ChatShape, CompletionShape, Heading, Shape, Speller, usage_of
 from .schema import (
     ChatRequest,
@@ -44,12 +47,15 @@ def create_app(ingress: Ingress) -> FastAPI:
     app.add_exception_handler(ShoalError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientGone, _on_client_gone)
+    if ingress.config.log_prompts:
+        app.add_middleware(Overhear)
     app.add_middleware(
         Guard,
         keys=ingress.keys,
         config=ingress.config,
         check_open=ingress.served,
         on_status=ingress.metrics.answered,
+        on_end=_on_end(ingress),
     )
     return app
 
@@ -118,20 +124,24 @@ class Handlers:
         return Response(await self._ingress.scrape(), headers={"content-type": CONTENT_TYPE})
 
     async def cluster(self, request: Request) -> Response:
-        """Every replica, its state, and what each of its ranks holds and where."""
-        return _json({"replicas": [_describe_replica(*item) for item in self._ingress.backend.replicas().items()]})
+        """Every replica, its state, and what each of its ranks holds and where; and how the router itself stands."""
+        ingress = self._ingress
+        is_draining = ingress.admission.draining
+        return _json(describe_cluster(ingress.backend.replicas(), ingress.metrics, is_draining=is_draining))
 
     async def version(self, request: Request) -> Response:
         return _json({"version": _version()})
 
     async def _read(self, kind: type[AnyBody], request: Request) -> AnyBody:
-        self._ingress.admission.check()
+        self._ingress.admission.check(request.scope["shoal.tenant"])
         headers = dict(request.scope["headers"])
         return parse(kind, await read_json(headers, request.receive, self._ingress.config))
 
     async def _answer(
         self, request: Request, body: SamplingBody, asks: Asks, *, launch: Launch, shape: Shape
     ) -> Response:
+        exchange = _exchange(request)
+        exchange.launched(launch.job, launch.flight, model=body.model, stream=bool(body.stream))
         options = body.stream_options
         answer = Answer(
             flight=launch.flight,
@@ -204,7 +214,22 @@ def _describe(app: FastAPI, bodies: dict[str, Any]) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+def _on_end(ingress: Ingress) -> Callable[[Exchange], None]:
+    def on_end(exchange: Exchange) -> None:
+        ingress.metrics.ended(exchange)
+        request_log.write(exchange)
+
+    return on_end
+
+
+def _exchange(request: Request) -> Exchange:
+    exchange = request.scope[EXCHANGE]
+    assert isinstance(exchange, Exchange)
+    return exchange
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
+    _exchange(request).failure = error
     return error_response(error)
 
 
@@ -224,21 +249,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
+    _exchange(request).failure = error
     return Response(status_code=499)  # nobody reads it; it is the status that shows in metrics and access logs
-
-
-def _describe_replica(replica: str, state: ReplicaState) -> dict[str, Any]:
-    stats = state.stats
-    return {
-        "id": replica,
-        "ready": state.problem is None,
-        "state": state.problem or "ready",
-        "running": stats.num_running,
-        "waiting": stats.num_waiting,
-        "kv_usage": stats.kv_usage,
-        "restarts": stats.restarts,
-        "ranks": state.ranks,
-    }
 
 
 def _heading(launch: Launch, body: SamplingBody) -> Heading:

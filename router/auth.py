@@ -10,55 +10,76 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import uuid
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..runtime.errors import InvalidRequest, Unauthorized
 from .config import RouterConfig
 from .http import error_response
+from .request_log import EXCHANGE, REQUEST_ID, Exchange, request_id
+from .store import Store
 from .tenant import Tenant
+from .tenants import NoVault, Seals, StoredKeys, Vault, tenant_of
 
 ALIVE_PATH = "/health"
 PUBLIC_PATHS = frozenset({ALIVE_PATH, "/ready"})
 
 
 class Keys:
-    """The accepted keys, as digests; and the salt under which a key's owner may share cached prefixes."""
+    """Whose key it is; and salts under which a key's owner may share cached prefixes."""
 
-    def __init__(self, keys: Sequence[str], *, secret: bytes) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self._secret = secret
+    def __init__(self, config: RouterConfig, *, vault: Vault, seals: Seals) -> None:
+        """vault: keys beyond the config's. Without any key or tenant in the config everyone is welcome."""
+        self._vault = vault
+        self._seals = seals
+        self._tenants = {tenant.name: tenant_of(tenant, seals) for tenant in config.tenants}
+        self._known: dict[bytes, tuple[bytes, Tenant]] = {}  # by name, with the digest
+        for number, key in enumerate(config.api_keys, 1):
+            digest = hashlib.sha256(key.encode()).digest()
+            self._known[seals.name(digest)] = digest, Tenant(name=f"key-{number}", salt=seals.salt(digest))
+        for tenant in config.tenants:
+            for text in tenant.keys:
+                digest = bytes.fromhex(text.removeprefix("sha256:"))
+                self._known[seals.name(digest)] = digest, self._tenants[tenant.name]
+        self._is_open = not config.api_keys and not config.tenants
 
-    def check(self, authorization: bytes | None) -> Tenant:
-        """The caller. Raises Unauthorized. Takes the same time whichever key is right."""
-        if not self._digests:
+    async def check(self, authorization: bytes | None) -> Tenant:
+        """The caller. What it takes tells nothing of any key: see `tenants.py`.
+
+        Raises:
+            Unauthorized: no key, or one that is nobody's. Unavailable: it cannot be known whether it is somebody's.
+        """
+        if self._is_open:
             return Tenant(name="anonymous", salt=self.salt(b""))
-        scheme, _, key = (authorization or b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not key.strip():
-            raise Unauthorized("no API key: send `Authorization: Bearer KEY`", code="missing_api_key")
-        digest = hashlib.sha256(key.strip()).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if not any(matches):
+        digest = hashlib.sha256(_key(authorization)).digest()
+        name = self._seals.name(digest)
+        known, tenant = self._known.get(name, (b"", None))
+        if tenant is not None and hmac.compare_digest(digest, known):
+            return tenant
+        found = await self._vault.find(name)
+        if found is None:
             raise Unauthorized("the API key is not one of this server's", code="invalid_api_key")
-        return Tenant(name=f"key-{matches.index(True) + 1}", salt=self.salt(digest))
+        # Of a tenant that the config knows, too, the config's word on what it may counts.
+        return self._tenants.get(found.name) or tenant_of(found, self._seals)
 
     def salt(self, *parts: bytes) -> str:
         """A salt that only the secret's holder can make; equal for equal parts."""
-        message = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
-        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()
+        return self._seals.salt(*parts)
 
 
-def keys_of(config: RouterConfig) -> Keys:
-    secret = config.secret.encode() if config.secret else secrets.token_bytes(32)
-    return Keys(config.api_keys, secret=secret)
+def keys_of(config: RouterConfig, store: Store | None = None, *, clock: Callable[[], float] = time.monotonic) -> Keys:
+    """store: where there are more keys than the config's; None where there is none."""
+    seals = Seals(config.secret.encode() if config.secret else secrets.token_bytes(32))
+    return Keys(config, vault=NoVault() if store is None else StoredKeys(store, seals=seals, clock=clock), seals=seals)
 
 
 class Guard:
     """Raw ASGI, outermost: header limits, the key, and an envelope for whatever got past every other handler.
 
-    check_open: raises while there is no model yet; then only `ALIVE_PATH` is answered.
+    check_open: raises while there is no model yet; then only `ALIVE_PATH` is answered. on_end: called once a request,
+    however it ended. Every answer carries the request's id, the client's own where it sent a sane one.
     """
 
     def __init__(
@@ -69,11 +90,13 @@ class Guard:
         config: RouterConfig,
         check_open: Callable[[], object],
         on_status: Callable[[str, int], None],
+        on_end: Callable[[Exchange], None],
     ) -> None:
         self._app = app
         self._keys = keys
         self._check_open = check_open
         self._on_status = on_status
+        self._on_end = on_end
         self._limits = config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,28 +106,30 @@ class Guard:
         if scope["type"] != "http":  # we have no websockets; closing before accepting is a refusal
             await send({"type": "websocket.close", "code": 1008})
             return
-        started = False
-        request_id = f"req-{uuid.uuid4().hex}".encode()
+        scope[EXCHANGE] = exchange = Exchange(request_id(scope["headers"]), scope["method"])
 
         async def watched(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
-                self._on_status(_route(scope), message["status"])
+                exchange.route, exchange.status = _route(scope), message["status"]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, exchange.id.encode())]
+                self._on_status(exchange.route, message["status"])
             await send(message)
 
         try:
             self._check_headers(scope["headers"])
             if scope["path"] not in PUBLIC_PATHS:
-                scope["shoal.tenant"] = self._keys.check(_authorization(scope["headers"]))
+                scope["shoal.tenant"] = await self._keys.check(_authorization(scope["headers"]))
+                exchange.tenant = scope["shoal.tenant"].name
             if scope["path"] != ALIVE_PATH:
                 self._check_open()
             await self._app(scope, receive, watched)
         except Exception as error:  # noqa: BLE001 - the last line of defence; error_response logs what is a bug
+            exchange.failure = error
             response = error_response(error)
-            if not started:
+            if exchange.status is None:
                 await response(scope, receive, watched)
+        finally:
+            self._on_end(exchange)
 
     def _check_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
         limits = self._limits
@@ -129,5 +154,23 @@ def _route(scope: Scope) -> str:
 
 
 def _authorization(headers: list[tuple[bytes, bytes]]) -> bytes | None:
+    """Raises Unauthorized: two of them are nobody's key."""
     given = [value for name, value in headers if name == b"authorization"]
-    return given[0] if len(given) == 1 else None  # two of them is nobody's key
+    if len(given) > 1:
+        raise Unauthorized(f"{len(given)} Authorization headers were sent; send one", code="invalid_api_key")
+    return given[0] if given else None
+
+
+def _key(authorization: bytes | None) -> bytes:
+    """Raises Unauthorized."""
+    if not authorization:
+        raise Unauthorized("no API key: send `Authorization: Bearer KEY`", code="missing_api_key")
+    scheme, _, key = authorization.partition(b" ")
+    key = key.strip()
+    if scheme.lower() != b"bearer":
+        raise Unauthorized("the Authorization header is not `Bearer KEY`", code="invalid_api_key")
+    if not key:
+        raise Unauthorized("the Authorization header has no key behind `Bearer`", code="missing_api_key")
+    if b" " in key:
+        raise Unauthorized("the Authorization header has a space in its key", code="invalid_api_key")
+    return key

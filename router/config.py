@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..runtime.generation import MAX_N
 
@@ -18,12 +19,20 @@ def _check_key(key: str) -> str:
     return key
 
 
+def _check_name(name: str) -> str:
+    if name == "anonymous" or re.fullmatch(r"key-[0-9]+", name):
+        raise ValueError("anonymous and key-1, key-2, ... are the names of who comes without a tenant's key")
+    return name
+
+
 class TenantConfig(BaseModel):
     """One owner of keys. `shoal keys new` makes a key and the digest to write down here."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="In metrics and logs.")
+    name: Annotated[str, AfterValidator(_check_name)] = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="In metrics and logs."
+    )
     keys: tuple[Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")], ...] = Field(
         (), repr=False, description="SHA-256 digests of its API keys, `sha256:` and 64 hexadecimal digits."
     )
@@ -49,6 +58,12 @@ class Rung(BaseModel):
     )
     model: str | None = Field(None, description="Requests go to this smaller model (its served name).")
     shed: bool = Field(False, description="Requests of tenants with priority 0 or more are refused (503).")
+
+    @model_validator(mode="after")
+    def _gives_something_up(self) -> Rung:
+        if not (self.max_tokens or self.truncate_to or self.model or self.shed):
+            raise ValueError("a rung of the ladder gives something up: max_tokens, truncate_to, model or shed")
+        return self
 
 
 class RouterConfig(BaseModel):
@@ -82,9 +97,12 @@ class RouterConfig(BaseModel):
     max_timeout_s: float = Field(3600.0, gt=0, description="Longest deadline a request may name (its `timeout`).")
     body_timeout_s: float = Field(30.0, gt=0, description="A body must be complete in this time; else 408.")
     send_timeout_s: float = Field(60.0, gt=0, description="A client that takes nothing for so long is given up.")
+    balancer: Literal["prefix", "p2c", "round-robin", "least-loaded"] = Field(
+        "prefix", description="Which replica: by cached prefix and load, the better of two drawn, in turn, or by load."
+    )
     ready_timeout_s: float = Field(1.0, gt=0, description="Replicas must say where they listen in this time.")
 
-    tenants: tuple[TenantConfig, ...] = Field((), description="Who has which keys, and what they may use.")
+    tenants: tuple[TenantConfig, ...] = Field((), repr=False, description="Who has which keys, and what they may use.")
     ladder: tuple[Rung, ...] = Field((), description="What is given up as load grows, lowest load first.")
     max_waiting: int = Field(1024, ge=0, description="Generations that wait for a place among max_in_flight.")
     max_wait_s: float = Field(30.0, gt=0, description="Longest wait for a place; then 503.")
@@ -103,3 +121,22 @@ class RouterConfig(BaseModel):
 
     vllm_metrics: bool = Field(False, description="Serve the metrics that dashboards use under vLLM's names, too.")
     log_prompts: bool = Field(False, description="Write prompts and answers to the request log.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RouterConfig:
+        loads = [rung.load for rung in self.ladder]
+        if loads != sorted(set(loads)):
+            raise ValueError(f"the ladder's loads are {loads}: each rung stands higher than the one before")
+        names = [tenant.name for tenant in self.tenants]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two tenants have the name {twice[0]}")
+        owners: dict[str, str] = {_digest(key): "api_keys" for key in self.api_keys}
+        for tenant in self.tenants:
+            for key in tenant.keys:
+                if owners.setdefault(key, tenant.name) != tenant.name:
+                    raise ValueError(f"one key belongs to both {owners[key]} and {tenant.name}")
+        return self
+
+
+def _digest(key: str) -> str:
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()

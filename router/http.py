@@ -14,6 +14,7 @@ import msgspec
 from starlette.responses import Response
 
 from ..runtime import errors as e
+from .rates import RateLimited
 
 logger = logging.getLogger("shoal.router")
 
@@ -66,15 +67,26 @@ def envelope(error: Exception) -> bytes:
 
 
 def error_headers(error: Exception) -> dict[str, str]:
-    """What goes with the status: Retry-After on 429 and 503, the scheme on 401; a half-read body closes the line."""
+    """What goes with the status: on 429 and 503 Retry-After, on 401 the scheme; a half-read body closes the line.
+
+    `x-should-retry` is what OpenAI's clients obey before their own rules. A deadline that passed was the client's own:
+    made again at once, the request would only add to the load.
+    """
     status, _ = status_of(error)
     headers: dict[str, str] = {}
-    if status in (429, 503):
+    if isinstance(error, RateLimited):
+        headers |= error.headers
+    if isinstance(error, RateLimited) and error.is_final:
+        headers["x-should-retry"] = "false"
+    elif status in (429, 503):
+        headers["x-should-retry"] = "true"
         wait = max(0.001, float(getattr(error, "retry_after", 1.0)))
         headers["retry-after"] = str(math.ceil(wait))
         headers["retry-after-ms"] = str(math.ceil(wait * 1000))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
+    if status == 408:
+        headers["x-should-retry"] = "false"
     if status in (408, 413):
         headers["connection"] = "close"
     return headers

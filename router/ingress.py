@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
 
 import msgspec
 
 from ..runtime.errors import InvalidRequest, NotFound, Unavailable
-from ..runtime.generation import TokenEvent
+from ..runtime.generation import GenerationRequest, TokenEvent
 from ..runtime.text import Text
-from .admission import Admission
+from .admission import Admission, Grant
 from .auth import Keys, keys_of
 from .backend import Backend, ModelInfo
 from .balance import AnyReplica, Balancer
@@ -20,10 +22,13 @@ from .cache import CacheMode, CacheStatus, Caching, NoCache, Reading, ResponseCa
 from .config import RouterConfig
 from .flight import Flight
 from .headers import CACHE, CACHE_AGE, DEGRADED, IDEMPOTENCY_KEY, LAST_EVENT_ID, Asks
+from .ladder import NOTHING, Degradation
 from .metrics import RouterMetrics
 from .prepare import Job, Preparer
+from .rates import Rates
 from .resume import Resume
 from .schema import Body, ChatRequest, CompletionRequest, SamplingBody
+from .store import NoStore, Store
 from .tenant import Tenant
 from .text import Choice
 
@@ -34,17 +39,19 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """An admitted request: what was asked, as its logs, and the flight that brings the answer.
 
     id: of the answer. degraded: what was given less of under load, as its header says it; None where nothing was.
+    limits: headers that say how the tenant's rates stand.
     """
 
     id: str
     job: Job
     flight: Flight
     degraded: str | None = None
+    limits: dict[str, str] = {}
 
     def headers(self) -> dict[str, str]:
         """Of the answer, once its first pieces are there."""
         status, age_s = self.flight.origin()
-        headers = {CACHE: status.value}
+        headers = {CACHE: status.value, **self.limits}
         if status is CacheStatus.HIT:
             headers[CACHE_AGE] = str(int(age_s))
         return headers if self.degraded is None else headers | {DEGRADED: self.degraded}
@@ -53,7 +60,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 class Ingress:
     """The router of one process. Everything that varies is handed in; it is closed until a replica has answered.
 
-    clock: for admission alone.
+    store: where keys and rates are shared between ingresses; None where each is by itself. clock: for admission alone.
     """
 
     def __init__(
@@ -63,15 +70,20 @@ class Ingress:
         *,
         cache: ResponseCache | None = None,
         balancer: Balancer | None = None,
+        store: Store | None = None,
+        metrics: RouterMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.backend = backend
         self.config = config
         self.cache: ResponseCache = cache or NoCache()
         self.balancer: Balancer = balancer or AnyReplica()
-        self.keys: Keys = keys_of(config)
-        self.admission = Admission(config.max_in_flight, clock=clock)
-        self.metrics = RouterMetrics()
+        self.keys: Keys = keys_of(config, store, clock=clock)
+        self.metrics = metrics or RouterMetrics()
+        self._clock = clock
+        self.admission = Admission(
+            config, rates=Rates(store or NoStore(), clock=clock), meter=self.metrics.admission, clock=clock
+        )
         self._resume = Resume(backend, self.balancer, config=config, meter=self.metrics.resume)
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
         self._served: tuple[ModelInfo, Text] | None = None
@@ -102,22 +114,24 @@ class Ingress:
 
     async def chat(self, body: ChatRequest, tenant: Tenant, asks: Asks) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
-        prepare = self.preparer(body)
-        job = await prepare.chat(body, id=uuid.uuid4().hex, tenant=self._salt(body, tenant))
+        prepare = self.preparer(body, given_up=self.admission.check(tenant), timeout_s=asks.timeout_s)
+        job = await prepare.chat(body, id=uuid.uuid4().hex, tenant=self._as_asked(body, tenant))
         id = f"chatcmpl-{self._answer_id(tenant, asks)}"
-        return self._launch(job, id, self._caching(body, tenant, asks), received=_received(job, body, asks))
+        caching, received = self._caching(body, tenant, asks), _received(job, body, asks)
+        return await self._launch(job, id, caching, received=received, tenant=tenant)
 
     async def completion(self, body: CompletionRequest, tenant: Tenant, asks: Asks) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
-        prepare = self.preparer(body)
-        job = await prepare.completion(body, id=uuid.uuid4().hex, tenant=self._salt(body, tenant))
+        prepare = self.preparer(body, given_up=self.admission.check(tenant), timeout_s=asks.timeout_s)
+        job = await prepare.completion(body, id=uuid.uuid4().hex, tenant=self._as_asked(body, tenant))
         id = f"cmpl-{self._answer_id(tenant, asks)}"
-        return self._launch(job, id, self._caching(body, tenant, asks), received=_received(job, body, asks))
+        caching, received = self._caching(body, tenant, asks), _received(job, body, asks)
+        return await self._launch(job, id, caching, received=received, tenant=tenant)
 
-    def preparer(self, body: Body) -> Preparer:
+    def preparer(self, body: Body, *, given_up: Degradation = NOTHING, timeout_s: float | None = None) -> Preparer:
         """Raises NotFound: the body asks for a model that we do not serve."""
         self.check_model(body.model)
-        return Preparer(self.text, self.info, self.config)
+        return Preparer(self.text, self.info, self.config, given_up=given_up, timeout_s=timeout_s)
 
     async def ready(self) -> None:
         """Raises Unavailable, with the reason, unless a replica can take work now."""
@@ -152,29 +166,59 @@ class Ingress:
         for flight in list(self._flights):
             flight.fail(Unavailable("the server is shutting down before the answer's end", retry_after=1.0))
 
-    def _launch(self, job: Job, id: str, caching: Caching, *, received: Sequence[int]) -> Launch:
-        arrived = time.monotonic()
+    async def _launch(self, job: Job, id: str, caching: Caching, *, received: Sequence[int], tenant: Tenant) -> Launch:
+        began = self._clock()
+        outputs = [self.text.output(request.params) for request in job.requests]
+        grant = await self.admission.grant(tenant, tokens=job.most_tokens())
+        # Nothing below may fail: the flight closes the grant.
+        for rung in job.degraded:
+            self.admission.degraded(rung)
         choices = [
-            Choice(i, request, self.text.output(request.params), received=had)
-            for i, (request, had) in enumerate(zip(job.requests, received, strict=True))
+            Choice(i, request, output, received=had)
+            for i, (request, output, had) in enumerate(zip(job.requests, outputs, received, strict=True))
         ]
-        ticket = self.admission.enter(len(choices))
 
         def landed(choice: Choice, event: TokenEvent) -> None:
-            self.metrics.landed(choice, event, arrived)
+            self.metrics.landed(choice, event, began)
 
         def ended() -> None:
-            ticket.close()
+            grant.close(flight.error)
             self._flights.discard(flight)
-            self.metrics.e2e.observe(time.monotonic() - arrived)
+            self.metrics.e2e.observe(self._clock() - began)
 
         def read(choice: Choice) -> Reading:
-            return self.cache.open(choice.request, self._resume.follow, _of_choice(caching, choice.index))
+            lead = partial(self._lead, tenant=tenant, grant=grant, began=began)
+            return self.cache.open(choice.request, lead, _of_choice(caching, choice.index))
 
         flight = Flight(choices, read, on_event=landed, on_end=ended)
         self._flights.add(flight)
         flight.start()
-        return Launch(id=id, job=job, flight=flight)
+        degraded = ", ".join(f"{what}={limit}" for what, limit in job.degraded.items()) or None
+        return Launch(id=id, job=job, flight=flight, degraded=degraded, limits=grant.headers)
+
+    async def _lead(
+        self, request: GenerationRequest, *, tenant: Tenant, grant: Grant, began: float
+    ) -> AsyncIterator[list[TokenEvent]]:
+        """Make the log, or go on with it, once there is a place. The deadline counts from when the request came."""
+        place = await self.admission.place(
+            tenant, priority=request.priority, prompt_tokens=len(request.prompt), timeout_s=self._left(request, began)
+        )
+        grant.use(len(request.prompt))
+        try:
+            request = msgspec.structs.replace(request, timeout_s=self._left(request, began))
+            async with aclosing(self._resume.follow(request)) as batches:
+                async for batch in batches:
+                    num_tokens = sum(len(event.tokens) for event in batch)
+                    place.charge(num_tokens)
+                    grant.use(num_tokens)
+                    yield batch
+        finally:
+            place.close()
+
+    def _left(self, request: GenerationRequest, began: float) -> float:
+        """Seconds to the request's deadline."""
+        assert request.timeout_s is not None, "every request is prepared with one"
+        return max(0.001, request.timeout_s - (self._clock() - began))
 
     def _answer_id(self, tenant: Tenant, asks: Asks) -> str:
         """The same whenever the request is sent again under its key."""
@@ -206,6 +250,9 @@ class Ingress:
             idempotency=idempotency,
             resumes=asks.received is not None,
         )
+
+    def _as_asked(self, body: SamplingBody, tenant: Tenant) -> Tenant:
+        return msgspec.structs.replace(tenant, salt=self._salt(body, tenant))
 
     def _salt(self, body: SamplingBody, tenant: Tenant) -> str:
         return (

@@ -23,7 +23,9 @@ from ..runtime.generation import (
 from ..runtime.text import Text, choice_seed
 from .backend import ModelInfo
 from .config import RouterConfig
+from .ladder import NOTHING, Degradation
 from .messages import read_messages
+from .rates import most_tokens
 from .schema import (
     ChatRequest,
     CompletionRequest,
@@ -33,6 +35,7 @@ from .schema import (
     TokenizeRequest,
     shown,
 )
+from .tenant import Tenant
 
 COMPLETION_MAX_TOKENS = 16
 _LONG_TEXT = 4096  # characters or tokens; from here on reading would hold up the event loop: a thread takes it
@@ -56,7 +59,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One request, understood: `requests[prompt * n + choice]` are its logs.
 
     echo: the text of each prompt, where it is to stand before its answers. prompt_logprobs: whether they are wanted by
-    themselves; an echo has them made, too.
+    themselves; an echo has them made, too. degraded: what was cut short under load, and to what.
     """
 
     prompts: list[Prompt]
@@ -64,17 +67,35 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     n: int
     echo: list[str] | None = None
     prompt_logprobs: bool = False
+    degraded: dict[str, int] = {}
+
+    def most_tokens(self) -> int:
+        """What it may come to: each prompt once, and all answers."""
+        return sum(len(prompt.ids) for prompt in self.prompts) + sum(r.params.max_tokens or 0 for r in self.requests)
 
 
 class Preparer:
-    """Bodies -> jobs, within the limits of the model and of the router."""
+    """Bodies -> jobs, within the limits of the model and of the router.
 
-    def __init__(self, text: Text, info: ModelInfo, config: RouterConfig) -> None:
+    given_up: what the load does not allow now. timeout_s: the deadline that the request's headers name, from now.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        info: ModelInfo,
+        config: RouterConfig,
+        *,
+        given_up: Degradation = NOTHING,
+        timeout_s: float | None = None,
+    ) -> None:
         self._text = text
         self._info = info
         self._config = config
+        self._given_up = given_up
+        self._timeout_s = timeout_s
 
-    async def chat(self, body: ChatRequest, *, id: str, tenant: str) -> Job:
+    async def chat(self, body: ChatRequest, *, id: str, tenant: Tenant) -> Job:
         """Raises InvalidRequest, ContextTooLong."""
         if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
             raise InvalidRequest(
@@ -91,12 +112,15 @@ class Preparer:
         ids = await self._encode_chat(body)
         return self._job([Prompt(ids)], body, params, default=None, id=id, tenant=tenant)
 
-    async def completion(self, body: CompletionRequest, *, id: str, tenant: str) -> Job:
+    async def completion(self, body: CompletionRequest, *, id: str, tenant: Tenant) -> Job:
         """Raises InvalidRequest, ContextTooLong."""
         params = self._params(body, max_tokens=body.max_tokens, logprobs=body.logprobs)
         if body.echo and body.logprobs is not None:
             params = _replace(params, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
-        prompts = await self._prompts(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        text = body.prompt
+        if body.truncation == "auto":
+            text = self._shortened(text)
+        prompts = await self._prompts(text, add_special_tokens=body.add_special_tokens is not False)
         job = self._job(prompts, body, params, default=COMPLETION_MAX_TOKENS, id=id, tenant=tenant)
         if not body.echo:
             return job
@@ -226,9 +250,12 @@ class Preparer:
         *,
         default: int | None,
         id: str,
-        tenant: str,
+        tenant: Tenant,
     ) -> Job:
         prompts = [self._truncated(prompt, body.truncate_prompt_tokens, params.max_tokens or 0) for prompt in prompts]
+        degraded: dict[str, int] = {}
+        if body.truncation == "auto":
+            prompts = self._truncated_to_fit(prompts, params.max_tokens or 0, degraded)
         limits = self._config
         choices = len(prompts) * params.n
         if choices > limits.max_choices:
@@ -237,7 +264,9 @@ class Preparer:
                 "allowed (max_choices)",
                 param="n",
             )
-        fitted = [self._fit(params, len(prompt.ids), default) for prompt in prompts]
+        room = _room(tenant, prompts, choices)
+        fitted = [self._fit(params, len(prompt.ids), default, room) for prompt in prompts]
+        fitted = [self._capped(params, degraded) for params in fitted]
         total = sum((p.max_tokens or 0) * params.n for p in fitted)
         if total > limits.max_total_tokens:
             raise InvalidRequest(
@@ -253,15 +282,17 @@ class Preparer:
                 prompt=prompt.ids,
                 params=fitted[i],
                 seed=choice_seed(seed, i, j),
-                tenant=tenant,
-                priority=body.priority or 0,
+                tenant=tenant.salt,
+                account=tenant.name,
+                share=tenant.weight,
+                priority=tenant.priority if body.priority is None else max(tenant.priority, body.priority),
                 timeout_s=timeout,
             )
             for i, prompt in enumerate(prompts)
             for j in range(params.n)
         ]
         wanted = body.prompt_logprobs is not None
-        return Job(prompts=prompts, requests=requests, n=params.n, prompt_logprobs=wanted)
+        return Job(prompts=prompts, requests=requests, n=params.n, prompt_logprobs=wanted, degraded=degraded)
 
     def _draw_seed(self) -> int:
         """Where all answers are cached, equal requests are to have equal ones."""
@@ -279,20 +310,53 @@ class Preparer:
         keep = max(1, self._info.max_model_len - max(1, max_tokens)) if keep == -1 else keep
         return prompt if len(prompt.ids) <= keep else Prompt(prompt.ids[-keep:])
 
-    def _fit(self, params: SamplingParams, num_prompt: int, default: int | None) -> SamplingParams:
-        """One log's parameters: n is 1, and max_tokens is a number that the context has room for."""
+    def _truncated_to_fit(self, prompts: list[Prompt], max_tokens: int, degraded: dict[str, int]) -> list[Prompt]:
+        """`truncation: auto`: the last tokens that fit, or as many as the load allows."""
+        fitting, allowed = max(1, self._info.max_model_len - max(1, max_tokens)), self._given_up.truncate_to
+        if allowed is not None and any(len(prompt.ids) > allowed for prompt in prompts):
+            degraded["truncate_to"] = allowed
+            fitting = min(fitting, allowed)
+        return [prompt if len(prompt.ids) <= fitting else Prompt(prompt.ids[-fitting:]) for prompt in prompts]
+
+    def _shortened(self, prompt: Any) -> Any:
+        """Text without what no tokenization could fit, so that it may be cut at all."""
+        if isinstance(prompt, list):
+            return [self._shortened(item) if isinstance(item, str) else item for item in prompt]
+        return prompt[-self._text.max_characters :] if isinstance(prompt, str) else prompt
+
+    def _capped(self, params: SamplingParams, degraded: dict[str, int]) -> SamplingParams:
+        """No longer than the load allows."""
+        allowed = self._given_up.max_tokens
+        if allowed is None or params.max_tokens is None or params.max_tokens <= allowed:
+            return params
+        degraded["max_tokens"] = allowed
+        return _replace(params, max_tokens=allowed, min_tokens=min(params.min_tokens, allowed))
+
+    def _fit(self, params: SamplingParams, num_prompt: int, default: int | None, most: int | None) -> SamplingParams:
+        """One log's parameters: n is 1, and max_tokens a number that context and `most` have room for."""
         asked = params.max_tokens
         self._text.check_length(num_prompt, asked)
         room = self._info.max_model_len - num_prompt
         if asked is None:
+            room = room if most is None else min(room, most)
             asked = room if default is None else min(default, room)
         return _replace(params, n=1, seed=None, max_tokens=asked)
 
     def _timeout(self, asked: float | None) -> float:
+        """The tighter of the body's deadline and the headers'."""
         limit = self._config.max_timeout_s
-        if asked is not None and asked > limit:
-            raise InvalidRequest(f"timeout is {asked:g}; at most {limit:g} s are allowed", param="timeout")
-        return min(self._config.default_timeout_s, limit) if asked is None else asked
+        named = [seconds for seconds in (asked, self._timeout_s) if seconds is not None]
+        if any(seconds > limit for seconds in named):
+            raise InvalidRequest(
+                f"timeout is {max(named):g}; at most {limit:g} s are allowed (max_timeout_s)", param="timeout"
+            )
+        return min(named, default=min(self._config.default_timeout_s, limit))
+
+
+def _room(tenant: Tenant, prompts: list[Prompt], num_choices: int) -> int | None:
+    """Tokens of one answer whose length nobody named, so that the whole can be within the tenant's limits at all."""
+    most = most_tokens(tenant)
+    return None if most is None else max(1, (most - sum(len(prompt.ids) for prompt in prompts)) // num_choices)
 
 
 def _constraint(body: SamplingBody) -> StructuredOutputs | None:

@@ -93,6 +93,7 @@ class SamplingBody(Body):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     structured_outputs: StructuredOutputsBody | None = None
     # ours
+    truncation: Literal["auto", "disabled"] | None = None  # OpenAI's Responses API
     timeout: Annotated[float, Field(gt=0)] | None = None
 
 

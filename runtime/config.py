@@ -42,7 +42,9 @@ class EngineConfig(BaseModel):
     max_num_batched_tokens: int = Field(2048, ge=16, description="Token budget of one step.")
     max_queued: int = Field(1024, ge=0, description="Generations that may wait; more are refused with 429.")
     enable_prefix_caching: bool = Field(True, description="Share KV blocks between requests with equal prefixes.")
-    scheduling_policy: Literal["fcfs", "priority"] = Field("fcfs", description="Who is next, who is preempted.")
+    scheduling_policy: Literal["fcfs", "priority", "fair"] = Field(
+        "fcfs", description="Who is next, who is preempted; fair: by priority, then in turns between tenants."
+    )
     deterministic: bool = Field(
         False, description="One reduction order for every batch size: continuations equal the undisturbed run."
     )

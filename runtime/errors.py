@@ -11,7 +11,7 @@
     │   ├── LogLost             the log that was to be continued is gone: 409
     │   ├── TooLarge            the body is over its limit: 413
     │   ├── UnsupportedMedia    the body is not JSON by its own header: 415
-    │   └── QueueFull           try again later: 429, with `retry_after`
+    │   └── QueueFull           no room, or over a tenant's limit: 429, with `retry_after`
     ├── EngineError             our fault: 5xx
     │   ├── EngineDead          the engine has stopped and will not come back by itself: 503
     │   ├── Unavailable         not ready, or draining: 503, with `retry_after`
@@ -82,7 +82,7 @@ class UnsupportedMedia(RequestError):
 
 
 class QueueFull(RequestError):
-    """As many requests wait as may; `retry_after` is in seconds."""
+    """As many requests wait as may, or this is over a tenant's limit; `retry_after` is in seconds."""
 
     def __init__(self, message: str, *, retry_after: float = 1.0, code: str = "queue_full") -> None:
         super().__init__(message, code=code)

@@ -158,6 +158,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     tokens: what was produced already, by any engine; the generation goes on behind them.
     seed: always set. tenant: whose prefix-cache entries may be shared (a salt).
+    account, share: whose tokens these are in a fair policy's books, and its part against others'. Not the salt: that is
+    the client's to vary.
     priority: lower goes first.
     timeout_s: seconds from admission to the hard deadline; None for none.
     """
@@ -168,6 +170,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     tokens: list[int] = msgspec.field(default_factory=list)
     tenant: str = ""
+    account: str = ""
+    share: float = 1.0
     priority: int = 0
     timeout_s: float | None = None
 

@@ -150,17 +150,20 @@ class Scheduler:
         """The most that live logs may still cost. O(live)."""
         return sum(seq.limit - seq.num_computed for seq in self._live.values())
 
+    def prefill_owed(self) -> int:
+        """Tokens that exist and are yet to be computed, without what the cache spares, about. O(live)."""
+        return sum(seq.prefill_owed(self.pool) for seq in self._live.values())
+
     # What goes out
 
     def schedule(self) -> StepPlan | None:
         """The next step, counted as done from here on; None if nothing can be planned before a result is back."""
         self._expire()
-        limits = self.limits
         if not self._flights:
             self._fill_began = self._num_steps
-        if limits.schedule == "gpipe" and self._num_steps - self._fill_began >= limits.num_microbatches:
+        if self.limits.schedule == "gpipe" and self._num_steps - self._fill_began >= self.limits.num_microbatches:
             return None
-        draft = Draft(self._num_steps, limits.max_num_batched_tokens)
+        draft = Draft(self._num_steps, self.limits.max_num_batched_tokens)
         suspect = self.quarantine.suspect
         if suspect is None:
             self._make_room()
@@ -179,15 +182,14 @@ class Scheduler:
         if now < self._next_deadline:
             return
         for seq in [seq for seq in self._live.values() if seq.deadline <= now]:
-            error = f"the deadline of {seq.request.timeout_s} s has passed"
-            self._end(seq, Ending(FinishReason.TIMEOUT, error=error))
+            self._end(seq, Ending(FinishReason.TIMEOUT, error=f"the deadline of {seq.request.timeout_s} s has passed"))
         self._next_deadline = min((seq.deadline for seq in self._live.values()), default=_NEVER)
 
     def _make_room(self) -> None:
         """A waiting sequence of a lower class takes the place of the last running ones."""
         while self._waiting and self._running:
             first, last = self._waiting[0], self._running[-1]
-            if first.key[0] >= last.key[0]:
+            if first.key.rank >= last.key.rank:
                 return
             blocks = self._take_blocks(first) if self._free_slots else None
             if blocks is not None:
@@ -383,6 +385,7 @@ class Scheduler:
             self._leave_slot(seq)
         else:
             take_out(self._waiting, seq)
+        self._policy.ended(seq.request, seq.key, seq.num_drawn if seq.was_admitted else None)
         reason = ending.reason.value
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
@@ -400,7 +403,7 @@ class Scheduler:
         for seq in list(self._running):
             self._put_back(seq)
         for seq in self._waiting:
-            seq.blocks_short_of = 0
+            seq.blocks_short_of = seq.num_spared = 0
         self.pool.reset()
         return verdict
 

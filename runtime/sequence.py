@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .blocks import BlockNames
+from .blocks import BlockNames, BlockPool
 from .errors import ContextTooLong, InvalidRequest, RowFailed
 from .generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from .grammar import FREE
@@ -83,6 +83,7 @@ class Sequence:
     last_drawn: int = -1  # the last step that draws for it
     blocks_short_of: int = 0  # no use to look for room before so many blocks are free
     num_cached: int = 0  # prompt tokens that were in the cache at its first admission
+    num_spared: int = 0  # while it waits: blocks that were in the cache when it was last looked for them
     was_admitted: bool = False
     has_spoken: bool = False
 
@@ -96,12 +97,29 @@ class Sequence:
         return len(self.tokens) + self.num_pending
 
     @property
+    def num_drawn(self) -> int:
+        """Output tokens that were made here, not elsewhere before."""
+        return len(self.tokens) - self.prompt_len - len(self.request.tokens)
+
+    @property
     def num_todo(self) -> int:
         """Tokens that could be computed now. The last token of all is drawn and never computed."""
         known = len(self.tokens) + self.num_pending
         if known == self.limit and known > self.prompt_len:
             known -= 1
         return known - self.num_computed
+
+    def prefill_owed(self, pool: BlockPool) -> int:
+        """Tokens to compute before the next is drawn, without those that the cache will spare; 0 for a running answer.
+
+        What was found once is taken to stay, so that asking again costs one look-up.
+        """
+        if self.slot != NOT_RUNNING:
+            return self.num_todo if self.num_todo > 1 else 0
+        last = (len(self.tokens) - 1) // pool.block_size
+        while self.num_spared < last and self.names[self.num_spared] in pool:
+            self.num_spared += 1
+        return len(self.tokens) - self.num_spared * pool.block_size
 
     @property
     def reads_prompt_logprobs(self) -> bool:

@@ -55,7 +55,7 @@ def test_every_engine_field_is_a_flag_of_serve() -> None:
         (["-tp", "0"], ["--tensor-parallel-size", "got 0"]),
         (["--pp-layers", "8,x"], ["--pp-layers", "'x'"]),
         (["--replicas", "0"], ["--replicas", "got 0"]),
-        (["--redis-url", "redis://127.0.0.1:6379"], ["redis_url", "none"]),
+        (["--redis-url", "reddis://127.0.0.1:6379"], ["redis_url", "must begin with redis://"]),
         (["--metrics-port", "9090"], ["metrics_port 9090"]),
         (["--seed", "7"], ["seed 7", "requests"]),
         (["--api-key", ""], ["--api-key:", "not empty"]),

@@ -1,123 +1,271 @@
-"""Admission on a clock of its own."""
+"""The door: waiting, deadlines, draining and accounts, on a virtual clock. The order: `test_admission_queue.py`."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
+
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
-from shoal.router.admission import Admission, Ticket
-from shoal.runtime.errors import QueueFull, Unavailable
+from shoal.router.admission import Admission, Place
+from shoal.router.config import RouterConfig, Rung
+from shoal.router.meters import AdmissionMeter
+from shoal.router.rates import RateLimited, Rates
+from shoal.router.store import NoStore
+from shoal.router.tenant import Tenant
+from shoal.runtime.errors import QueueFull, RequestTimeout, ShoalError, Unavailable
 
+from .virtual_time import run
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_the_cap_holds_and_names_its_numbers() -> None:
-    admission = Admission(4, clock=Clock())
-    ticket = admission.enter(3)
-    with pytest.raises(QueueFull, match="3 generations are in flight and 2 more were asked for; at most 4"):
-        admission.enter(2)
-    admission.check()
-    admission.enter(1)
-    with pytest.raises(QueueFull):
-        admission.check()
-    ticket.close()
-    assert admission.in_flight == 1
+ANN, BOB = Tenant(name="ann", salt="a"), Tenant(name="bob", salt="b")
 
 
-def test_a_ticket_closes_once() -> None:
-    admission = Admission(4, clock=Clock())
-    ticket = admission.enter(2)
-    ticket.close()
-    ticket.close()
-    assert admission.in_flight == 0
+class Door:
+    """An admission and its registry. Made inside the loop, whose time is its clock."""
+
+    def __init__(self, **config: object) -> None:
+        self.registry = CollectorRegistry()
+        clock = asyncio.get_running_loop().time
+        self.admission = Admission(
+            RouterConfig(**config),  # type: ignore[arg-type]
+            rates=Rates(NoStore(), clock=clock),
+            meter=AdmissionMeter(self.registry),
+            clock=clock,
+        )
+
+    async def enter(self, tenant: Tenant = ANN, weight: int = 1, **more: object) -> Place:
+        return await self.admission.place(tenant, weight=weight, **more)  # type: ignore[arg-type]
+
+    def waits(self, tenant: Tenant = ANN, weight: int = 1, **more: object) -> asyncio.Task[Place]:
+        return asyncio.create_task(self.enter(tenant, weight, **more))
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"shoal_{name}", labels)
 
 
-def test_a_request_over_the_cap_runs_alone() -> None:
-    admission = Admission(4, clock=Clock())
-    ticket = admission.enter(10)
-    with pytest.raises(QueueFull):
-        admission.enter(1)
-    ticket.close()
-    first = admission.enter(1)
-    with pytest.raises(QueueFull):
-        admission.enter(10)
+async def refusal(work: Awaitable[object]) -> ShoalError:
+    with pytest.raises(ShoalError) as caught:
+        await work
+    return caught.value
+
+
+def virtual(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+    """The test as a scenario on virtual time."""
+
+    def runs() -> None:
+        run(test)  # type: ignore[arg-type]
+
+    runs.__name__, runs.__doc__ = test.__name__, test.__doc__
+    return runs
+
+
+@virtual
+async def test_who_does_not_fit_waits_for_a_place() -> None:
+    door = Door(max_in_flight=2)
+    first = await door.enter(weight=2)
+    second = door.waits()
+    await asyncio.sleep(3)
+    assert not second.done()
+    assert door.value("router_queued", tenant="ann") == 1
+    assert door.value("router_load") == 1.5
     first.close()
+    ticket = await second
+    assert ticket.waited_s == 3
+    assert door.value("router_queued", tenant="ann") == 0
+    assert door.admission.in_flight == 1
 
 
-def test_retry_after_follows_the_pace() -> None:
-    clock = Clock()
-    admission = Admission(2, clock=clock)
-    tickets = [admission.enter(1), admission.enter(1)]
-    for _ in range(100):  # one ends every two seconds
-        clock.now += 2.0
-        tickets.pop(0).close()
-        tickets.append(admission.enter(1))
-    with pytest.raises(QueueFull) as refusal:
-        admission.enter(1)
-    assert refusal.value.retry_after == pytest.approx(2.0, rel=0.1)
-
-
-def test_retry_after_is_bounded() -> None:
-    clock = Clock()
-    admission = Admission(1, clock=clock)
-    for _ in range(3):
-        ticket = admission.enter(1)
-        clock.now += 1e6
-        ticket.close()
-    admission.enter(1)
-    with pytest.raises(QueueFull) as refusal:
-        admission.enter(1)
-    assert refusal.value.retry_after == 30.0
-
-
-def test_idle_time_is_no_pace() -> None:
-    clock = Clock()
-    admission = Admission(1, clock=clock)
-    for _ in range(3):
-        clock.now += 1e6
-        ticket = admission.enter(1)
-        clock.now += 2.0
-        ticket.close()
-    admission.enter(1)
-    with pytest.raises(QueueFull) as refusal:
-        admission.enter(1)
-    assert refusal.value.retry_after == pytest.approx(2.0)
-
-
-def test_draining_refuses_all_and_lets_the_rest_end() -> None:
-    admission = Admission(4, clock=Clock())
-    ticket = admission.enter(1)
-    admission.drain()
-    for refused in (admission.check, lambda: admission.enter(1)):
-        with pytest.raises(Unavailable, match="draining"):
-            refused()
+@virtual
+async def test_a_ticket_closes_once() -> None:
+    door = Door()
+    ticket, other = await door.enter(weight=2), await door.enter()
     ticket.close()
-    assert admission.in_flight == 0
+    ticket.close()
+    assert door.admission.in_flight == other.weight == 1
 
 
-@given(st.lists(st.one_of(st.integers(1, 6), st.just(0)), max_size=60), st.integers(1, 8))
-def test_in_flight_is_the_sum_of_open_tickets(moves: list[int], cap: int) -> None:
-    clock = Clock()
-    admission = Admission(cap, clock=clock)
-    open_: list[Ticket] = []
-    for move in moves:
-        clock.now += 0.1
-        if move == 0:
-            if open_:
-                open_.pop().close()
-            continue
-        fits = not open_ or admission.in_flight + move <= cap
-        if fits:
-            open_.append(admission.enter(move))
-        else:
-            with pytest.raises(QueueFull) as refusal:
-                admission.enter(move)
-            assert 0.1 <= refusal.value.retry_after <= 30
-        assert admission.in_flight == sum(ticket.weight for ticket in open_)
-        assert admission.in_flight <= cap or len(open_) == 1
+@virtual
+async def test_the_longest_wait() -> None:
+    door = Door(max_in_flight=1, max_wait_s=7)
+    await door.enter()
+    error = await refusal(door.enter())
+    assert isinstance(error, Unavailable)
+    assert "7 s (max_wait_s)" in str(error)
+    assert asyncio.get_running_loop().time() == 7
+
+
+@virtual
+async def test_a_deadline_passes_in_the_queue() -> None:
+    door = Door(max_in_flight=1, max_wait_s=7)
+    ticket = await door.enter()
+    assert isinstance(await refusal(door.enter(timeout_s=2.5)), RequestTimeout)
+    assert asyncio.get_running_loop().time() == 2.5
+    assert isinstance(await refusal(door.enter(timeout_s=0)), RequestTimeout)
+    ticket.close()
+    assert door.admission.in_flight == 0, "who has left the queue got a place"
+
+
+@virtual
+async def test_leaving_the_queue_leaves_nothing_behind() -> None:
+    door = Door(max_in_flight=2)
+    first = await door.enter()
+    heavy, light = door.waits(BOB, 2), door.waits()
+    await asyncio.sleep(1)
+    assert not light.done(), "overtook one who waits for more"
+    heavy.cancel()
+    assert isinstance(await light, Place)
+    assert door.value("router_queued", tenant="bob") == 0
+    first.close()
+    (await light).close()
+    assert door.admission.in_flight == 0
+
+
+@virtual
+async def test_leaving_at_the_very_moment_of_ones_turn() -> None:
+    door = Door(max_in_flight=1)
+    first = await door.enter()
+    leaving, staying = door.waits(), door.waits()
+    await asyncio.sleep(1)
+    first.close()
+    leaving.cancel()
+    (await staying).close()
+    assert leaving.cancelled()
+    assert door.admission.in_flight == 0
+
+
+@virtual
+async def test_draining_refuses_who_waits_and_lets_the_rest_end() -> None:
+    door = Door(max_in_flight=2)
+    ticket = await door.enter()
+    waiting = [door.waits(BOB, 2), door.waits(ANN), door.waits(BOB)]
+    await asyncio.sleep(1)
+    door.admission.drain()
+    ends = await asyncio.gather(*waiting, return_exceptions=True)
+    tickets: list[Place] = [end for end in ends if isinstance(end, Place)]
+    refused = [end for end in ends if isinstance(end, Unavailable)]
+    assert len(tickets) + len(refused) == 3
+    assert isinstance(ends[0], Unavailable)
+    assert isinstance(await refusal(door.enter()), Unavailable)
+    with pytest.raises(Unavailable, match="draining"):
+        door.admission.check(ANN)
+    for open_ in (ticket, *tickets):
+        open_.close()
+    assert door.admission.in_flight == 0
+
+
+@virtual
+async def test_a_full_queue_puts_out_whoever_has_most_in_it() -> None:
+    door = Door(max_in_flight=1, max_waiting=2)
+    await door.enter()
+    first, last = door.waits(), door.waits()
+    await asyncio.sleep(1)
+    bob = door.waits(BOB)
+    await asyncio.sleep(0)
+    error = await refusal(last)
+    assert isinstance(error, QueueFull)
+    assert not first.done()
+    assert not bob.done()
+    assert isinstance(await refusal(door.enter()), QueueFull)
+    for task in (first, bob):
+        task.cancel()
+
+
+@virtual
+async def test_nobody_is_let_in_to_wait_in_vain() -> None:
+    door = Door(max_in_flight=1, max_wait_s=60)
+    for _ in range(5):  # one ends every ten seconds
+        ticket = await door.enter()
+        await asyncio.sleep(10)
+        ticket.close()
+    await door.enter()
+    waiting = [door.waits(timeout_s=25), door.waits(timeout_s=25)]
+    await asyncio.sleep(0)
+    error = await refusal(door.enter(timeout_s=25))
+    assert isinstance(error, QueueFull)
+    assert "30.0 s" in str(error)
+    assert asyncio.get_running_loop().time() == 50, "it was refused only later"
+    for task in waiting:
+        task.cancel()
+
+
+@virtual
+async def test_rates_are_charged_with_the_most_and_settled_with_what_it_was() -> None:
+    door = Door()
+    tenant = Tenant(name="t", salt="", tokens_per_minute=600)
+    grant = await door.admission.grant(tenant, tokens=500)
+    assert grant.headers["x-ratelimit-remaining-tokens"] == "100"
+    error = await refusal(door.admission.grant(tenant, tokens=500))
+    assert isinstance(error, RateLimited)
+    assert error.retry_after == pytest.approx(40)  # 400 more, at 10 a second
+    grant.use(150)
+    grant.close()
+    grant.close()
+    await door.admission.close()
+    assert (await door.admission.grant(tenant, tokens=450)).headers["x-ratelimit-remaining-tokens"] == "0"
+    assert door.value("tenant_requests_total", tenant="t", outcome="rate_limited") == 1
+    assert door.value("tenant_requests_total", tenant="t", outcome="served") == 1
+
+
+@virtual
+async def test_who_is_not_served_pays_nothing_and_a_cached_answer_is_one_request() -> None:
+    door = Door(max_in_flight=1, max_wait_s=1)
+    tenant = Tenant(name="t", salt="", requests_per_minute=3, token_budget=1000)
+    refused = await door.admission.grant(tenant, tokens=900)
+    refused.close(QueueFull("no room"))
+    await door.admission.close()
+    cached = await door.admission.grant(tenant, tokens=900)
+    cached.close()
+    await door.admission.close()
+    grant = await door.admission.grant(tenant, tokens=0)
+    assert grant.headers["x-ratelimit-remaining-requests"] == "1"
+    assert grant.headers["x-ratelimit-remaining-budget"] == "1000"
+
+
+@virtual
+async def test_shedding_spares_those_who_go_first() -> None:
+    door = Door(max_in_flight=2, ladder=(Rung(load=1.0, max_tokens=8), Rung(load=1.5, shed=True)))
+    first = await door.enter(weight=2)
+    assert door.admission.check(ANN).max_tokens == 8
+    waiting = door.waits()
+    await asyncio.sleep(1)
+    with pytest.raises(Unavailable, match="shed"):
+        door.admission.check(ANN)
+    assert door.admission.check(Tenant(name="vip", salt="", priority=-1)).max_tokens == 8
+    assert door.value("degraded_requests_total", rung="shed") == 1
+    first.close()
+    await waiting
+    assert door.admission.check(ANN).max_tokens is None
+
+
+@virtual
+async def test_overload_times_four_keeps_goodput_and_refuses_at_once() -> None:
+    """100 places of 10 s each: ten a second can be served, forty a second come, for five minutes."""
+    door = Door(max_in_flight=100, max_waiting=100, max_wait_s=15)
+    loop = asyncio.get_running_loop()
+    served: list[float] = []
+    refused: list[tuple[float, float]] = []
+
+    async def client() -> None:
+        came = loop.time()
+        try:
+            ticket = await door.enter(timeout_s=60)
+        except (QueueFull, Unavailable) as error:
+            refused.append((error.retry_after, loop.time() - came))
+            return
+        await asyncio.sleep(10)
+        ticket.close()
+        served.append(loop.time())
+
+    clients = []
+    for _ in range(300 * 40):
+        clients.append(asyncio.create_task(client()))
+        await asyncio.sleep(1 / 40)
+    await asyncio.gather(*clients)
+    good = sum(20 < at <= 300 for at in served)
+    assert good >= 0.95 * 280 * 10
+    assert len(served) + len(refused) == len(clients)
+    assert min(retry_after for retry_after, _ in refused) >= 0.1
+    late = [waited for _, waited in refused if waited > 0.05]
+    assert len(late) <= 0.01 * len(refused), f"{len(late)} of {len(refused)} refusals had waited first"
+    assert door.admission.in_flight == 0
