@@ -2,9 +2,9 @@
 
     python benchmarks/router.py [--requests 3000] [--connections 8]
 
-The ingress runs as in a deployment, on uvicorn, over a stand-in for replicas that answers at once, so that what is left
-is HTTP, validation, text and the cache. It has one core; the client and Redis share the other. The same body is asked for
-over kept-alive connections; p50 is of one connection, so without queueing.
+The ingress runs as in a deployment, on uvicorn, over a stand-in for replicas that answers at once, so that what is
+left is HTTP, validation, text and the cache. It has one core; the client and Redis share the other. The same body is
+asked for over kept-alive connections; p50 is of one connection, so without queueing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from shoal.cluster.demo import demo_model
 from shoal.router.backend import ModelInfo, ReplicaState
 from shoal.router.config import RouterConfig
 from shoal.router.ingress import Ingress
+from shoal.router.log_cache import LogCache
+from shoal.router.metrics import RouterMetrics
+from shoal.router.redis_store import RedisStore
+from shoal.router.redis_url import parse_redis_url
 from shoal.runtime.generation import FinishReason, GenerationRequest, TokenEvent
 from shoal.runtime.stats import Stats
 from shoal.runtime.text import Text
@@ -164,10 +168,13 @@ class StandIn:
 
 async def _ingress(url: str) -> Ingress:
     config = RouterConfig(served_model_name=(MODEL,), secret=SECRET)
-    ingress = Ingress(StandIn(), config)
+    metrics = RouterMetrics()
+    store = RedisStore(parse_redis_url(url), metrics.store)
+    ingress = Ingress(StandIn(), config, store=store, metrics=metrics)
+    cache = LogCache(store, model=INFO.digest, secret=SECRET.encode(), config=config, meter=metrics.cache)
     model = demo_model()
     assert model is not None, "make demo installs the model"
-    ingress.open(INFO, Text.load(model, INFO.max_model_len, INFO.vocab_size))
+    ingress.open(INFO, Text.load(model, INFO.max_model_len, INFO.vocab_size), cache=cache)
     return ingress
 
 

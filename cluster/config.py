@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,9 +35,14 @@ class ServerConfig(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on; any but loopback needs an API key.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     allow_anonymous: bool = Field(False, description="Listen beyond loopback without any API key.")
-    metrics_port: int | None = Field(None, ge=1, le=65535, description="A port for /metrics alone (later).")
+    metrics_port: int | None = Field(None, ge=1, le=65535, description="A port for /metrics alone, without a key.")
+    metrics_host: str = Field("127.0.0.1", description="Address of that port, on machines with an ingress.")
+    log_format: Literal["text", "json"] = Field("text", description="Of the actors' logs, one record a line.")
     replicas: int = Field(1, ge=1, description="Engines behind the router.")
     ingresses: int = Field(1, ge=1, description="Routers in front of the replicas.")
+    smaller_model: str | None = Field(
+        None, description="A second model, on one replica, for the ladder's rungs and for whoever asks for it by name."
+    )
     redis_url: str = Field(
         EMBEDDED,
         description="For cached, shared and continued answers: embedded (a Redis of our own on this machine), none, or "
@@ -92,6 +97,20 @@ def default_name(model: str) -> str:
     return Path(os.path.abspath(path)).name.removesuffix(".gguf") if path.exists() else model
 
 
+def smaller(config: ShoalConfig) -> ShoalConfig | None:
+    """What the smaller model's replica runs with: all of the main one's options but the model itself."""
+    model = config.server.smaller_model
+    if model is None:
+        return None
+    return config.model_copy(
+        update={
+            "engine": config.engine.model_copy(update={"model": model}),
+            "router": config.router.model_copy(update={"served_model_name": (default_name(model),)}),
+            "server": config.server.model_copy(update={"replicas": 1, "smaller_model": None}),
+        }
+    )
+
+
 def check_supported(config: ShoalConfig) -> None:
     """Refuse what this version has flags for but not yet the machinery, and an open door that nobody asked for.
 
@@ -104,11 +123,19 @@ def check_supported(config: ShoalConfig) -> None:
             f"host {server.host} without an API key would serve everyone who can reach it: give --api-key or "
             "--api-key-file, listen on 127.0.0.1, or say --allow-anonymous"
         )
+    known = () if server.smaller_model is None else (default_name(server.smaller_model),)
+    for rung in config.router.ladder:
+        if rung.model is not None and rung.model not in known:
+            raise ConfigError(
+                f"router.ladder names the model {rung.model!r}, and there is "
+                f"{f'only {known[0]!r}' if known else 'no other model'} to fall to: set --smaller-model"
+            )
+    if known and known[0] in config.router.served_model_name:
+        raise ConfigError(f"--smaller-model {server.smaller_model} would be served as {known[0]!r}, as the main one is")
     if server.redis_url not in (EMBEDDED, NO_REDIS):
         parse_redis_url(server.redis_url)
     for value, limit, sentence in (
         (engine.seed, None, f"seed {engine.seed}: requests bring their own to a server; leave it out"),
-        (server.metrics_port, None, f"metrics_port {server.metrics_port}: /metrics is on the public port so far"),
     ):
         if value != limit:
             raise ConfigError(sentence)

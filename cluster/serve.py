@@ -25,7 +25,7 @@ from pathlib import Path
 from ..runtime.errors import StartupError
 from ..runtime.hub import resolve_model
 from .board import Board
-from .config import EMBEDDED, NO_REDIS, ShoalConfig, check_supported, is_loopback
+from .config import EMBEDDED, NO_REDIS, ShoalConfig, check_supported, is_loopback, smaller
 from .preflight import check_grid, free_port, read_chat_template
 from .processes import Stop, adopting_orphans, ignore_signals, raise_on_signals
 from .progress import Progress
@@ -58,9 +58,12 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
     """
     check_supported(config)
     port = free_port(config.server.host, config.server.port)
-    resolve_model(config.engine.model)
+    for model in filter(None, (config.engine.model, config.server.smaller_model)):
+        resolve_model(model)
     chat_template = read_chat_template(config.router.chat_template)
     check_grid(config.engine)
+    if (small := smaller(config)) is not None:
+        check_grid(small.engine)
     config = with_secret(config)
     run_dir = Path(tempfile.mkdtemp(prefix="shoal-"))
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -121,10 +124,11 @@ def start_ray(config: ShoalConfig, run_dir: Path) -> None:
 
     from .ray_launcher import cpus_needed
 
+    num_replicas = config.server.replicas + (config.server.smaller_model is not None)
     ray.init(
         address="local",
         # Cores are shared out by threads: what actors ask for must never be what keeps them waiting.
-        num_cpus=max(os.cpu_count() or 1, cpus_needed(config.server.replicas, config.engine.grid)),
+        num_cpus=max(os.cpu_count() or 1, cpus_needed(num_replicas, config.engine.grid)),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         configure_logging=False,
@@ -256,7 +260,8 @@ def _within(timeout_s: float, step: Callable[..., None], *args: float) -> None:
 
 def announce(config: ShoalConfig, url: str) -> None:
     """Where it listens, and who may come in."""
-    names = ", ".join(config.router.served_model_name)
+    small = smaller(config)
+    names = ", ".join(config.router.served_model_name + (() if small is None else small.router.served_model_name))
     print(f"Serving {names} at {url}/v1", flush=True)
     if not (config.router.api_keys or config.router.tenants):
         reach = "only this machine can reach it" if is_loopback(config.server.host) else "ANYONE can use it"

@@ -1,17 +1,18 @@
-"""What a simulation is told: the machines, the load and the faults, as one frozen value that every process is handed."""
+"""What a simulation is told: the machines, the load and the faults, as frozen values."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..router.balance import BalancerName
 from ..runtime.errors import ConfigError
 from .config import flag_of
 
-BALANCERS = ("prefix", "p2c", "round-robin", "least-loaded")
 SPREAD = 4  # messages and answers are at most so many times as long as the mean
 
 
@@ -29,9 +30,9 @@ class StepCosts(BaseModel):
     decode_row_s: float = Field(ge=0, description="A sequence's next token.")
     context_token_s: float = Field(ge=0, description="A cached token that attention reads.")
     kv_tokens: int = Field(ge=16, description="Tokens that the KV cache holds.")
-    max_num_seqs: int = Field(256, ge=1, description="Sequences that run at once.")
-    max_num_batched_tokens: int = Field(2048, ge=16, description="Token budget of one step.")
-    block_size: int = Field(32, ge=16, le=256, description="Tokens in a KV block.")
+    max_num_seqs: int = Field(default=256, ge=1, description="Sequences that run at once.")
+    max_num_batched_tokens: int = Field(default=2048, ge=16, description="Token budget of one step.")
+    block_size: int = Field(default=32, ge=16, le=256, description="Tokens in a KV block.")
 
     def step_s(self, prefill_tokens: int, rows: int, context: int) -> float:
         """Seconds that a step takes. context: cached tokens read, of all its sequences together."""
@@ -63,22 +64,22 @@ class SimConfig(BaseModel):
 
     replicas: int = Field(64, ge=1, le=4096, description="Replicas, each with the real scheduler and block pool.")
     requests: int = Field(100_000, ge=1, le=10_000_000, description="Requests in all.")
-    balancers: tuple[Literal["prefix", "p2c", "round-robin", "least-loaded"], ...] = Field(
+    balancers: tuple[BalancerName, ...] = Field(
         ("prefix", "p2c", "round-robin"),
         min_length=1,
-        description=f"Compare these, of {', '.join(BALANCERS)}; once for each. [default: the first three]",
+        description="Compare these, of prefix, p2c, round-robin and least-loaded.",
     )
     machine: Literal["h100-8b", "cpu-demo"] = Field(
         "h100-8b", description="Step times: an 8B model on an H100 (estimated), or the demo model on two cores."
     )
     calibrate: Path | None = Field(
-        None, description="A JSON file with step times, instead of --machine; `shoal simulate --costs` prints one."
+        None, description="A JSON file with step times and sizes (the keys of StepCosts), instead of --machine."
     )
     workload: Literal["shared", "unique"] = Field(
         "shared", description="shared: conversations under tenants' system prompts; unique: no two prompts are alike."
     )
     load: float = Field(
-        0.6, gt=0, le=100, description="Arrivals as a share of what the replicas could serve without a prefix cache."
+        0.5, gt=0, le=100, description="Arrivals as a share of what the replicas could serve without a prefix cache."
     )
     burstiness: float = Field(
         1.0, gt=0, le=50, description="Of arrivals: deviation over mean of their gaps; 1 is Poisson, above: gamma."
@@ -86,8 +87,10 @@ class SimConfig(BaseModel):
     tenants: int = Field(1024, ge=1, description="System prompts; the k-th is asked for 1/k as often as the first.")
     turns: int = Field(4, ge=1, le=64, description="Turns of a conversation, in the mean.")
     system_tokens: int = Field(1024, ge=1, description="Length of a system prompt, in the mean.")
-    message_tokens: int = Field(64, ge=2, description="Length of a user's message, in the mean.")
-    answer_tokens: int = Field(40, ge=1, description="Length of an answer, in the mean. Time to simulate grows with it.")
+    message_tokens: int = Field(64, ge=1, description="Length of a user's message, in the mean.")
+    answer_tokens: int = Field(
+        40, ge=1, description="Length of an answer, in the mean. Time to simulate grows with it."
+    )
     think_s: float = Field(5.0, ge=0, description="Seconds between two turns of a conversation, in the mean.")
     ingresses: int = Field(2, ge=1, le=64, description="Routers, each of which knows only what it sent and was told.")
     beat_s: float = Field(0.5, gt=0, description="Seconds between two reports of a replica.")
@@ -96,7 +99,22 @@ class SimConfig(BaseModel):
     restart_s: float = Field(8.0, ge=0, description="Seconds until a killed replica is back, with an empty cache.")
     max_queued: int = Field(1024, ge=0, description="Generations that may wait at a replica.")
     seed: int = Field(0, ge=0, description="The same seed gives the same figures.")
-    jobs: int | None = Field(None, ge=1, description="Processes, one balancer each; default: one for each core.")
+    jobs: int | None = Field(None, ge=1, description="Processes; default: one for each balancer.")
+
+    @field_validator("balancers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """`prefix,p2c`, as a flag gives it."""
+        return value.split(",") if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_kills(self) -> Self:
+        if self.kill_every is not None and self.restart_s >= self.kill_every * self.replicas:
+            raise ValueError(
+                f"--restart-s {self.restart_s:g} leaves no replica alive: with --kill-every {self.kill_every:g} and "
+                f"--replicas {self.replicas} it must be below {self.kill_every * self.replicas:g}"
+            )
+        return self
 
     @property
     def max_turns(self) -> int:
@@ -125,20 +143,36 @@ def step_costs(config: SimConfig) -> StepCosts:
     return costs
 
 
+def sim_config(values: Mapping[str, object]) -> SimConfig:
+    """Raises ConfigError: one line a problem, each naming flag, limit and value."""
+    try:
+        return SimConfig.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    raise ConfigError("\n".join(_flag(problem) + _words(problem) for problem in problems))
+
+
 def _read_costs(file: Path) -> StepCosts:
     try:
         return StepCosts.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"--calibrate {file}: {error.strerror or error}") from None
     except ValidationError as error:
-        raise ConfigError(f"--calibrate {file}: {_explain(error)}") from None
+        problems = error.errors(include_url=False)
     except ValueError as error:
         raise ConfigError(f"--calibrate {file} is not JSON: {error}") from None
+    raise ConfigError("\n".join(f"--calibrate {file}: {_path(problem)}: {_words(problem)}" for problem in problems))
 
 
-def sim_config(values: dict[str, object]) -> SimConfig:
-    """Raises ConfigError, one line a problem, each naming flag, limit and value."""
-    try:
-        return SimConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, flag=True)) from None
+def _flag(problem: Mapping[str, Any]) -> str:
+    """Nothing where the message names flags itself."""
+    return f"{flag_of(str(problem['loc'][0]))}: " if problem["loc"] else ""
+
+
+def _path(problem: Mapping[str, Any]) -> str:
+    return ".".join(str(part) for part in problem["loc"]) or "the root"
+
+
+def _words(problem: Mapping[str, Any]) -> str:
+    given = "" if isinstance(problem["input"], Mapping | BaseModel) else f" (got {problem['input']!r:.80})"
+    return f"{problem['msg'].removeprefix('Value error, ')}{given}"

@@ -25,6 +25,7 @@ from .health import describe_cluster
 from .http import error_response
 from .ingress import Ingress, Launch
 from .metrics import CONTENT_TYPE
+from .model import Model
 from .request_log import EXCHANGE, Exchange, Overhear
 from .responses import ChatShape, CompletionShape, Heading, Shape, Speller, usage_of
 from .schema import (
@@ -53,7 +54,7 @@ def create_app(ingress: Ingress) -> FastAPI:
         Guard,
         keys=ingress.keys,
         config=ingress.config,
-        check_open=ingress.served,
+        check_open=ingress.check_open,
         on_status=ingress.metrics.answered,
         on_end=_on_end(ingress),
     )
@@ -71,7 +72,7 @@ class Handlers:
         body = await self._read(ChatRequest, request)
         asks = read_asks(request.scope["headers"])
         launch = await self._ingress.chat(body, request.scope["shoal.tenant"], asks)
-        shape = ChatShape(_heading(launch, body), launch.job, self._speller(body))
+        shape = ChatShape(_heading(launch, body), launch.asked.job, _speller(launch.asked.model, body))
         return await self._answer(request, body, asks, launch=launch, shape=shape)
 
     async def completion(self, request: Request) -> Response:
@@ -79,20 +80,21 @@ class Handlers:
         body = await self._read(CompletionRequest, request)
         asks = read_asks(request.scope["headers"])
         launch = await self._ingress.completion(body, request.scope["shoal.tenant"], asks)
-        shape = CompletionShape(_heading(launch, body), launch.job, self._speller(body))
+        shape = CompletionShape(_heading(launch, body), launch.asked.job, _speller(launch.asked.model, body))
         return await self._answer(request, body, asks, launch=launch, shape=shape)
 
     async def tokenize(self, request: Request) -> Response:
         """A prompt or a conversation as token ids."""
         body = await self._read(TokenizeRequest, request)
+        model = self._ingress.model_of(body.model)
         ids = await self._ingress.preparer(body).tokenize(body)
         answer: dict[str, Any] = {
             "count": len(ids),
-            "max_model_len": self._ingress.info.max_model_len,
+            "max_model_len": model.info.max_model_len,
             "tokens": ids,
         }
         if body.return_token_strs:
-            answer["token_strs"] = [self._ingress.text.token_text(token) for token in ids]
+            answer["token_strs"] = [model.text.token_text(token) for token in ids]
         return _json(answer)
 
     async def detokenize(self, request: Request) -> Response:
@@ -102,13 +104,13 @@ class Handlers:
 
     async def models(self, request: Request) -> Response:
         """The names this server answers to."""
-        return _json({"object": "list", "data": [self._card(name) for name in self._ingress.names]})
+        cards = [_card(name, model) for model in self._ingress.models for name in model.names]
+        return _json({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
         """One of them."""
         name = request.path_params["name"]
-        self._ingress.check_model(name)
-        return _json(self._card(name))
+        return _json(_card(name, self._ingress.model_of(name)))
 
     async def health(self, request: Request) -> Response:
         """200 while this process runs, with a model or without one yet."""
@@ -127,7 +129,7 @@ class Handlers:
         """Every replica, its state, and what each of its ranks holds and where; and how the router itself stands."""
         ingress = self._ingress
         is_draining = ingress.admission.draining
-        return _json(describe_cluster(ingress.backend.replicas(), ingress.metrics, is_draining=is_draining))
+        return _json(describe_cluster(ingress.replicas(), ingress.metrics, is_draining=is_draining))
 
     async def version(self, request: Request) -> Response:
         return _json({"version": _version()})
@@ -141,12 +143,12 @@ class Handlers:
         self, request: Request, body: SamplingBody, asks: Asks, *, launch: Launch, shape: Shape
     ) -> Response:
         exchange = _exchange(request)
-        exchange.launched(launch.job, launch.flight, model=body.model, stream=bool(body.stream))
+        exchange.launched(launch.asked.job, launch.flight, model=launch.asked.model.names[0], stream=bool(body.stream))
         options = body.stream_options
         answer = Answer(
             flight=launch.flight,
             shape=shape,
-            usage=lambda: usage_of(launch.job, launch.flight.choices),
+            usage=lambda: usage_of(launch.asked.job, launch.flight.choices),
             include_usage=bool(options and options.include_usage),
             send_timeout_s=self._ingress.config.send_timeout_s,
             on_error=self._ingress.metrics.stream_errors.inc,
@@ -155,20 +157,6 @@ class Handlers:
             received=asks.received,
         )
         return await respond(answer, request.receive, stream=bool(body.stream))
-
-    def _speller(self, body: SamplingBody) -> Speller:
-        return Speller(self._ingress.text, as_ids=bool(body.return_tokens_as_token_ids))
-
-    def _card(self, name: str) -> dict[str, Any]:
-        info = self._ingress.info
-        return {
-            "id": name,
-            "object": "model",
-            "created": info.created,
-            "owned_by": "shoal",
-            "root": info.model,
-            "max_model_len": info.max_model_len,
-        }
 
 
 def _add_routes(app: FastAPI, handlers: Handlers) -> None:
@@ -254,7 +242,24 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 
 def _heading(launch: Launch, body: SamplingBody) -> Heading:
-    return Heading(launch.id, int(time.time()), body.model)
+    """Under the name that was asked for, unless another model answers."""
+    model = launch.asked.model
+    return Heading(launch.asked.id, int(time.time()), body.model if body.model in model.names else model.names[0])
+
+
+def _speller(model: Model, body: SamplingBody) -> Speller:
+    return Speller(model.text, as_ids=bool(body.return_tokens_as_token_ids))
+
+
+def _card(name: str, model: Model) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.info.created,
+        "owned_by": "shoal",
+        "root": model.info.model,
+        "max_model_len": model.info.max_model_len,
+    }
 
 
 def _json(value: Any) -> Response:

@@ -20,6 +20,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the ingress must know of the model that replicas serve. Lengths in tokens.
 
     digest: of its weights, its tokenizer and what else decides its tokens (runtime/fingerprint.py).
+    block_size: of the blocks whose names the replica publishes (router/prefix_index.py); 0 where it publishes none.
     """
 
     model: str
@@ -29,6 +30,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[int] = msgspec.field(default_factory=list)
     dtype: str = ""
     kv_tokens: int = 0
+    block_size: int = 0
     created: int = 0  # unix seconds
 
 
@@ -48,7 +50,12 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     """What an ingress knows of one replica that is connected: what a balancer chooses by.
 
     problem: why it takes no work, or does not answer; None where it is ready. stats, ranks: its last word. in_flight:
-    this ingress's generations on it. tokens_sent: what those of them may cost that `stats` does not count yet.
+    this ingress's generations on it. heard_s: seconds since anything came from it.
+
+    How this ingress corrects `stats` (router/ledger.py). num_sent, tokens_sent, prefill_sent: its generations that are
+    not counted there yet, the most that they may cost, and what of it is prompt that is yet to be computed and not in
+    the cache. num_ended, prefill_answered: those that are still counted though they are over, or have a token.
+    prefill_unanswered: prompt to compute of all that have none.
     """
 
     problem: str | None
@@ -56,11 +63,45 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     ranks: list[RankInfo]
     in_flight: int
     tokens_sent: int
+    heard_s: float = 0.0
+    num_sent: int = 0
+    prefill_sent: int = 0
+    num_ended: int = 0
+    prefill_answered: int = 0
+    prefill_unanswered: int = 0
 
     @property
     def tokens_owed(self) -> int:
         """The most that its live generations may still cost, in tokens."""
         return self.stats.tokens_owed + self.tokens_sent
+
+    @property
+    def prefill_tokens_owed(self) -> int:
+        """Tokens that it computes before those of a newcomer, about."""
+        known = self.stats.prefill_tokens_owed - self.prefill_answered + self.prefill_sent
+        return max(known, self.prefill_unanswered)
+
+    @property
+    def num_generations(self) -> int:
+        """Its live generations, about."""
+        return max(self.stats.num_running + self.stats.num_waiting - self.num_ended + self.num_sent, self.in_flight)
+
+
+def check_ready(replicas: Mapping[str, ReplicaState]) -> None:
+    """Returns if one can take work now.
+
+    Raises:
+        Unavailable: none can; with what keeps each.
+    """
+    if not replicas:
+        raise e.Unavailable("not ready: no replica is connected")
+    problems = {replica: state.problem for replica, state in replicas.items()}
+    if None in problems.values():
+        return
+    told = list(dict.fromkeys(problems.values()))
+    if len(told) == 1:
+        raise e.Unavailable(f"not ready: {told[0]}" + (f" (all {len(problems)} replicas)" if len(problems) > 1 else ""))
+    raise e.Unavailable("not ready: " + "; ".join(f"{replica}: {problem}" for replica, problem in problems.items()))
 
 
 class Backend(Protocol):

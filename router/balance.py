@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ..runtime.generation import GenerationRequest
 from .backend import ReplicaState
+from .prefix_index import PrefixIndex
+
+Replicas = Callable[[], Mapping[str, ReplicaState]]
+OnChoice = Callable[[int, int], None]  # told a log's tokens, and how many of them are expected in the chosen cache
+BalancerName = Literal["prefix", "p2c", "round-robin", "least-loaded"]
+
+# What work costs, in the time that one token of a prompt takes to compute.
+GENERATION_COST = 32  # a live generation: it takes a row of each step, beside the newcomer's prompt and its answer
+SHORTAGE_COST = 4  # a token without room in the KV cache: it waits for answers to end, which come slower than prompts
+
+DRAWN = 2  # replicas looked at of those with equally much of the prefix: three are no better once what is known is old
 
 
 class Balancer(Protocol):
@@ -25,18 +36,118 @@ class AnyReplica:
         return None
 
 
+class RoundRobin:
+    """Each ready replica in its turn, whatever it has to do."""
+
+    def __init__(self, replicas: Replicas) -> None:
+        self._replicas = replicas
+        self._turn = 0
+
+    def choose(self, request: GenerationRequest, *, lost: frozenset[str]) -> str | None:
+        ready = sorted(_ready(self._replicas, lost))
+        self._turn += 1
+        return ready[self._turn % len(ready)] if ready else None
+
+
 class LeastLoaded:
     """The ready replica that owes the fewest tokens; of equals any, so that ingresses do not all choose the same."""
 
-    def __init__(self, replicas: Callable[[], Mapping[str, ReplicaState]], *, rng: random.Random) -> None:
+    def __init__(self, replicas: Replicas, *, rng: random.Random) -> None:
         self._replicas = replicas
         self._rng = rng
 
     def choose(self, request: GenerationRequest, *, lost: frozenset[str]) -> str | None:
-        owed = {
-            replica: state.tokens_owed
-            for replica, state in self._replicas().items()
-            if state.problem is None and replica not in lost
-        }
+        owed = {replica: state.tokens_owed for replica, state in _ready(self._replicas, lost).items()}
         least = min(owed.values(), default=0)
         return self._rng.choice([replica for replica, tokens in owed.items() if tokens == least]) if owed else None
+
+
+class PowerOfTwo:
+    """Of two ready replicas drawn at random the one that owes less.
+
+    Nearly as even as the least loaded of all, and several ingresses that know of a load only late do not all run to
+    where it was least (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", IEEE TPDS 2001).
+    """
+
+    def __init__(self, replicas: Replicas, *, rng: random.Random) -> None:
+        self._replicas = replicas
+        self._rng = rng
+
+    def choose(self, request: GenerationRequest, *, lost: frozenset[str]) -> str | None:
+        owed = {replica: state.tokens_owed for replica, state in _ready(self._replicas, lost).items()}
+        return _of_two(owed, self._rng)
+
+
+class PrefixAffinity:
+    """Where the log is answered with the least work: what is not in the cache there, behind what is to be done before.
+
+    A replica that has the prefix keeps its traffic until its load makes one that has not the cheaper; what was just
+    sent counts as load at once, so that many with one prefix spread at once. Replicas with equally much of the prefix
+    differ by their load alone: of them two are drawn, as `PowerOfTwo` does, and the cheapest of all drawn is chosen.
+    """
+
+    def __init__(
+        self, replicas: Replicas, index: PrefixIndex, *, rng: random.Random, on_choice: OnChoice = lambda *_: None
+    ) -> None:
+        self._replicas = replicas
+        self._index = index
+        self._rng = rng
+        self._on_choice = on_choice
+
+    def choose(self, request: GenerationRequest, *, lost: frozenset[str]) -> str | None:
+        ready = _ready(self._replicas, lost)
+        num_tokens = len(request.prompt) + len(request.tokens)
+        drawn = [
+            (replica, spared)
+            for spared, equals in self._by_spared(request, ready).items()
+            for replica in self._rng.sample(equals, min(DRAWN, len(equals)))
+        ]
+        if not drawn:
+            return None
+        replica, spared = min(drawn, key=lambda one: (cost(ready[one[0]], num_tokens - one[1]), -one[1]))
+        self._on_choice(num_tokens, spared)
+        return replica
+
+    def _by_spared(self, request: GenerationRequest, ready: Mapping[str, ReplicaState]) -> dict[int, list[str]]:
+        """Tokens of the log that a cache spares -> the ready replicas where it does."""
+        blocks = self._index.match(request)
+        found: dict[int, list[str]] = {}
+        for replica in ready:
+            found.setdefault(blocks.get(replica, 0) * self._index.block_size, []).append(replica)
+        return found
+
+
+def select_balancer(
+    name: BalancerName,
+    replicas: Replicas,
+    index: PrefixIndex,
+    *,
+    rng: random.Random,
+    on_choice: OnChoice = lambda *_: None,
+) -> Balancer:
+    """The balancer that `router.balancer` names. on_choice: of prefix affinity alone."""
+    if name == "prefix":
+        return PrefixAffinity(replicas, index, rng=rng, on_choice=on_choice)
+    if name == "p2c":
+        return PowerOfTwo(replicas, rng=rng)
+    return RoundRobin(replicas) if name == "round-robin" else LeastLoaded(replicas, rng=rng)
+
+
+def cost(state: ReplicaState, uncached: int) -> float:
+    """What it takes until a log, `uncached` of whose tokens are to be computed, is answered: in tokens of a prompt."""
+    stats = state.stats
+    prefill = uncached + state.prefill_tokens_owed
+    shortage = max(0, prefill - stats.num_tokens_free) if stats.num_blocks else 0
+    return prefill + GENERATION_COST * state.num_generations + SHORTAGE_COST * shortage
+
+
+def _ready(replicas: Replicas, lost: frozenset[str]) -> dict[str, ReplicaState]:
+    return {replica: state for replica, state in replicas().items() if state.problem is None and replica not in lost}
+
+
+def _of_two(loads: Mapping[str, float], rng: random.Random) -> str | None:
+    """Of two drawn at random the lesser; None of none."""
+    if len(loads) < 2:
+        return next(iter(loads), None)
+    one, other = rng.sample(list(loads), 2)
+    return one if loads[one] < loads[other] else other

@@ -8,25 +8,27 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
 from ..runtime.errors import InvalidRequest, NotFound, Unavailable
 from ..runtime.generation import GenerationRequest, TokenEvent
+from ..runtime.stats import Stats
 from ..runtime.text import Text
 from .admission import Admission, Grant
 from .auth import Keys, keys_of
-from .backend import Backend, ModelInfo
-from .balance import AnyReplica, Balancer
-from .cache import CacheMode, CacheStatus, Caching, NoCache, Reading, ResponseCache
+from .backend import Backend, ModelInfo, ReplicaState
+from .balance import Balancer
+from .cache import CacheMode, CacheStatus, Caching, Reading, ResponseCache
 from .config import RouterConfig
 from .flight import Flight
 from .headers import CACHE, CACHE_AGE, DEGRADED, IDEMPOTENCY_KEY, LAST_EVENT_ID, Asks
-from .ladder import NOTHING, Degradation
-from .metrics import RouterMetrics
+from .ladder import Degradation
+from .metrics import Peers, RouterMetrics, nobody
+from .model import Model
 from .prepare import Job, Preparer
 from .rates import Rates
-from .resume import Resume
 from .schema import Body, ChatRequest, CompletionRequest, SamplingBody
 from .store import NoStore, Store
 from .tenant import Tenant
@@ -35,18 +37,22 @@ from .text import Choice
 SHARED_SCOPE = "shared"  # no salt looks like it
 
 
-class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """An admitted request: what was asked, as its logs, and the flight that brings the answer.
-
-    id: of the answer. degraded: what was given less of under load, as its header says it; None where nothing was.
-    limits: headers that say how the tenant's rates stand.
-    """
+class Asked(NamedTuple):
+    """A request, understood. id: of the answer."""
 
     id: str
     job: Job
+    model: Model
+    tenant: Tenant
+    caching: Caching
+
+
+class Launch(NamedTuple):
+    """An admitted request, and the flight that brings the answer. limits: headers on how the tenant's rates stand."""
+
+    asked: Asked
     flight: Flight
-    degraded: str | None = None
-    limits: dict[str, str] = {}
+    limits: dict[str, str]
 
     def headers(self) -> dict[str, str]:
         """Of the answer, once its first pieces are there."""
@@ -54,13 +60,16 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
         headers = {CACHE: status.value, **self.limits}
         if status is CacheStatus.HIT:
             headers[CACHE_AGE] = str(int(age_s))
-        return headers if self.degraded is None else headers | {DEGRADED: self.degraded}
+        if degraded := self.asked.job.degraded:
+            headers[DEGRADED] = ", ".join(f"{what}={limit}" for what, limit in degraded.items())
+        return headers
 
 
 class Ingress:
     """The router of one process. Everything that varies is handed in; it is closed until a replica has answered.
 
     store: where keys and rates are shared between ingresses; None where each is by itself. clock: for admission alone.
+    peers: tells the other ingresses what this one has counted and returns what they tell (see `metrics.py`).
     """
 
     def __init__(
@@ -72,90 +81,123 @@ class Ingress:
         balancer: Balancer | None = None,
         store: Store | None = None,
         metrics: RouterMetrics | None = None,
+        peers: Peers = nobody,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.backend = backend
         self.config = config
-        self.cache: ResponseCache = cache or NoCache()
-        self.balancer: Balancer = balancer or AnyReplica()
         self.keys: Keys = keys_of(config, store, clock=clock)
         self.metrics = metrics or RouterMetrics()
         self._clock = clock
         self.admission = Admission(
             config, rates=Rates(store or NoStore(), clock=clock), meter=self.metrics.admission, clock=clock
         )
-        self._resume = Resume(backend, self.balancer, config=config, meter=self.metrics.resume)
+        self.model = Model(
+            backend,
+            names=config.served_model_name,
+            balancer=balancer,
+            cache=cache,
+            config=config,
+            meter=self.metrics.resume,
+        )
+        self._all = [self.model]
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
-        self._served: tuple[ModelInfo, Text] | None = None
+        self.metrics.watch(self.replicas)
+        self._peers = peers
         self._flights: set[Flight] = set()
         self._scraping = asyncio.Lock()
 
     def open(self, info: ModelInfo, text: Text, *, cache: ResponseCache | None = None) -> None:
-        """Take requests from now on. info: what a replica says it serves. text: that model's tokenizer and template.
+        """Take requests for the main model from now on: see `Model.open`."""
+        self.model.open(info, text, cache=cache)
 
-        cache: of that model's answers.
-        """
-        self.cache = cache or self.cache
-        self._served = info, text
+    def add(self, backend: Backend, *, name: str, balancer: Balancer | None = None) -> Model:
+        """One more model, which clients may ask for, and to which requests fall where a rung of the ladder says so."""
+        model = Model(backend, names=[name], balancer=balancer, config=self.config, meter=self.metrics.resume)
+        self._all.append(model)
+        return model
 
-    def served(self) -> tuple[ModelInfo, Text]:
-        """What `open` was given. Raises Unavailable before."""
-        if self._served is None:
-            raise Unavailable("not ready: the replica is still loading")
-        return self._served
-
-    @property
-    def info(self) -> ModelInfo:
-        return self.served()[0]
+    def check_open(self) -> None:
+        """Raises Unavailable before the main model is open."""
+        _ = self.model.info
 
     @property
-    def text(self) -> Text:
-        return self.served()[1]
+    def models(self) -> list[Model]:
+        """Those that can be asked for now. Raises Unavailable before the main one is open."""
+        self.check_open()
+        return [model for model in self._all if model.is_open]
+
+    def model_of(self, name: str) -> Model:
+        """Raises NotFound: we do not serve it. Unavailable."""
+        models = self.models
+        for model in models:
+            if name in model.names:
+                return model
+        served = ", ".join(served for model in models for served in model.names)
+        raise NotFound(
+            f"the model {name!r:.80} does not exist; this server serves {served}", param="model", code="model_not_found"
+        )
 
     async def chat(self, body: ChatRequest, tenant: Tenant, asks: Asks) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
-        prepare = self.preparer(body, given_up=self.admission.check(tenant), timeout_s=asks.timeout_s)
+        model, given_up = self._choose(body, tenant)
+        prepare = Preparer(model.text, model.info, self.config, given_up=given_up, timeout_s=asks.timeout_s)
         job = await prepare.chat(body, id=uuid.uuid4().hex, tenant=self._as_asked(body, tenant))
         id = f"chatcmpl-{self._answer_id(tenant, asks)}"
-        caching, received = self._caching(body, tenant, asks), _received(job, body, asks)
-        return await self._launch(job, id, caching, received=received, tenant=tenant)
+        asked = Asked(id, job, model, tenant, self._caching(body, tenant, asks))
+        return await self._launch(asked, received=_received(job, body, asks))
 
     async def completion(self, body: CompletionRequest, tenant: Tenant, asks: Asks) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
-        prepare = self.preparer(body, given_up=self.admission.check(tenant), timeout_s=asks.timeout_s)
+        model, given_up = self._choose(body, tenant)
+        prepare = Preparer(model.text, model.info, self.config, given_up=given_up, timeout_s=asks.timeout_s)
         job = await prepare.completion(body, id=uuid.uuid4().hex, tenant=self._as_asked(body, tenant))
         id = f"cmpl-{self._answer_id(tenant, asks)}"
-        caching, received = self._caching(body, tenant, asks), _received(job, body, asks)
-        return await self._launch(job, id, caching, received=received, tenant=tenant)
+        asked = Asked(id, job, model, tenant, self._caching(body, tenant, asks))
+        return await self._launch(asked, received=_received(job, body, asks))
 
-    def preparer(self, body: Body, *, given_up: Degradation = NOTHING, timeout_s: float | None = None) -> Preparer:
+    def preparer(self, body: Body) -> Preparer:
         """Raises NotFound: the body asks for a model that we do not serve."""
-        self.check_model(body.model)
-        return Preparer(self.text, self.info, self.config, given_up=given_up, timeout_s=timeout_s)
+        model = self.model_of(body.model)
+        return Preparer(model.text, model.info, self.config)
+
+    def _choose(self, body: SamplingBody, tenant: Tenant) -> tuple[Model, Degradation]:
+        """The model that answers, which under load may be a smaller one, and what else is given up.
+
+        Raises:
+            NotFound: the body asks for a model that we do not serve. Unavailable: see `Admission.check`.
+        """
+        given_up = self.admission.check(tenant)
+        model = self.model_of(body.model)
+        if model is self.model:
+            for smaller in self.models[1:]:
+                if given_up.model in smaller.names:
+                    return smaller, given_up
+        return model, msgspec.structs.replace(given_up, model=None)
 
     async def ready(self) -> None:
         """Raises Unavailable, with the reason, unless a replica can take work now."""
         if self.admission.draining:
             raise Unavailable("the server is draining", retry_after=1.0)
-        await self.backend.ready()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What clients may call the model."""
-        return self.config.served_model_name or (self.info.model,)
-
-    def check_model(self, name: str) -> None:
-        if name not in self.names:
-            raise NotFound(
-                f"the model {name!r:.80} does not exist; this server serves {', '.join(self.names)}",
-                param="model",
-                code="model_not_found",
-            )
+        await self.model.backend.ready()
 
     async def scrape(self) -> bytes:
-        """Prometheus text: this process and all replicas."""
+        """Prometheus text: all ingresses and all replicas."""
         async with self._scraping:  # answers that overtake each other would look like a replica that started anew
-            return self.metrics.render(await self.backend.stats())
+            told = self.metrics.tell(await self._stats())
+            return self.metrics.text(await self._peers(told))
+
+    async def exchange(self, telling: bytes) -> bytes:
+        """What another ingress has counted, for what this one has."""
+        self.metrics.hear(telling)
+        return self.metrics.tell(await self._stats())
+
+    async def _stats(self) -> dict[str, Stats]:
+        stats = [await model.backend.stats() for model in self._all]
+        return {replica: its for of_model in stats for replica, its in of_model.items()}
+
+    def replicas(self) -> dict[str, ReplicaState]:
+        """Of all models: what is known of each replica that is connected."""
+        return {replica: state for model in self._all for replica, state in model.backend.replicas().items()}
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, let what runs go on for `timeout_s`, then end it with a terminal event each."""
@@ -163,13 +205,18 @@ class Ingress:
         deadline = time.monotonic() + timeout_s
         while self._flights and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        for model in self._all:
+            model.resume.stop()
         for flight in list(self._flights):
             flight.fail(Unavailable("the server is shutting down before the answer's end", retry_after=1.0))
+        for model in self._all:
+            await model.cache.close()
 
-    async def _launch(self, job: Job, id: str, caching: Caching, *, received: Sequence[int], tenant: Tenant) -> Launch:
+    async def _launch(self, asked: Asked, *, received: Sequence[int]) -> Launch:
         began = self._clock()
-        outputs = [self.text.output(request.params) for request in job.requests]
-        grant = await self.admission.grant(tenant, tokens=job.most_tokens())
+        job, model = asked.job, asked.model
+        outputs = [model.text.output(request.params) for request in job.requests]
+        grant = await self.admission.grant(asked.tenant, tokens=job.most_tokens())
         # Nothing below may fail: the flight closes the grant.
         for rung in job.degraded:
             self.admission.degraded(rung)
@@ -187,26 +234,34 @@ class Ingress:
             self.metrics.e2e.observe(self._clock() - began)
 
         def read(choice: Choice) -> Reading:
-            lead = partial(self._lead, tenant=tenant, grant=grant, began=began)
-            return self.cache.open(choice.request, lead, _of_choice(caching, choice.index))
+            lead = partial(self._lead, asked=asked, grant=grant, began=began, told=choice.attempts.append)
+            return model.cache.open(choice.request, lead, _of_choice(asked.caching, choice.index))
 
         flight = Flight(choices, read, on_event=landed, on_end=ended)
         self._flights.add(flight)
         flight.start()
-        degraded = ", ".join(f"{what}={limit}" for what, limit in job.degraded.items()) or None
-        return Launch(id=id, job=job, flight=flight, degraded=degraded, limits=grant.headers)
+        return Launch(asked=asked, flight=flight, limits=grant.headers)
 
     async def _lead(
-        self, request: GenerationRequest, *, tenant: Tenant, grant: Grant, began: float
+        self,
+        request: GenerationRequest,
+        *,
+        asked: Asked,
+        grant: Grant,
+        began: float,
+        told: Callable[[str | None], None],
     ) -> AsyncIterator[list[TokenEvent]]:
         """Make the log, or go on with it, once there is a place. The deadline counts from when the request came."""
         place = await self.admission.place(
-            tenant, priority=request.priority, prompt_tokens=len(request.prompt), timeout_s=self._left(request, began)
+            asked.tenant,
+            priority=request.priority,
+            prompt_tokens=len(request.prompt),
+            timeout_s=self._left(request, began),
         )
         grant.use(len(request.prompt))
         try:
             request = msgspec.structs.replace(request, timeout_s=self._left(request, began))
-            async with aclosing(self._resume.follow(request)) as batches:
+            async with aclosing(asked.model.resume.follow(request, on_attempt=told)) as batches:
                 async for batch in batches:
                     num_tokens = sum(len(event.tokens) for event in batch)
                     place.charge(num_tokens)

@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 
+from ..runtime.blocks import Changes
 from ..runtime.errors import ShoalError
 from ..runtime.generation import TokenEvent
 from .backend import Failure, ModelInfo, Status
@@ -71,6 +72,10 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     stream: int
 
 
+class Recite(msgspec.Struct, frozen=True, array_like=True, tag="recite"):
+    """A `Cached` was missed: say from the start what is cached."""
+
+
 # What a replica says.
 
 
@@ -86,6 +91,13 @@ class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
 
     status: Status
     received: int
+
+
+class Cached(msgspec.Struct, frozen=True, array_like=True, tag="cached"):
+    """What the replica's cache has gained and lost since the one before; `number` counts them, upwards by one."""
+
+    number: int
+    changes: Changes
 
 
 class Events(msgspec.Struct, frozen=True, array_like=True, tag="events"):
@@ -106,8 +118,8 @@ class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
     """The replica takes no more; what runs goes on."""
 
 
-FromIngress = Submit | Abort
-FromReplica = Welcome | Beat | Events | Failed | Goodbye
+FromIngress = Submit | Abort | Recite
+FromReplica = Welcome | Beat | Cached | Events | Failed | Goodbye
 
 
 # Who is there. A handshake is a generator: it yields what to send and how many bytes to wait for, is sent those, and

@@ -1,7 +1,8 @@
 """Station 7's end of the line: one connection to each replica, all generations over it.
 
 Ray Serve places, watches and restarts replicas; `find` asks it where they listen. A replica whose connection breaks, or
-that says nothing for `silence_s`, is lost with every generation on it, and looked for at once.
+that says nothing for `silence_s`, is lost with every generation on it, and looked for at once. One that said goodbye
+before is not lost: it has left, and what it had not finished was handed over.
 """
 
 from __future__ import annotations
@@ -10,24 +11,27 @@ import asyncio
 import logging
 import random
 import socket
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 
 import msgspec
 
+from ..runtime.blocks import Changes
 from ..runtime.errors import ShoalError, TooLarge, Unavailable
 from ..runtime.generation import GenerationRequest, TokenEvent
 from ..runtime.stats import Stats
-from .backend import ModelInfo, ReplicaLost, ReplicaState, error_of
+from .backend import ModelInfo, ReplicaLost, ReplicaState, check_ready, error_of
+from .ledger import Ledger
 from .line import (
     Abort,
     Beat,
+    Cached,
     Events,
     Failed,
     FromReplica,
     Goodbye,
     LineError,
     LineLimits,
+    Recite,
     Submit,
     Welcome,
     Wire,
@@ -35,6 +39,7 @@ from .line import (
     ingress_handshake,
     set_socket,
 )
+from .prefix_index import PrefixIndex
 
 logger = logging.getLogger("shoal.router")
 
@@ -58,13 +63,24 @@ Find = Callable[[], Awaitable[Iterable[Address]]]
 class LineBackend:
     """A `Backend` over connections to replicas. `start` and all else belong to one event loop.
 
-    find: every replica there is, as far as it is known; may fail.
+    find: every replica there is, as far as it is known; may fail. index: is told what they have cached, and what they
+    are sent. on_silent: called with the id of a replica that was cut for its silence, which may live and hold what
+    others need; must not block.
     """
 
     def __init__(
-        self, find: Find, *, secret: bytes, limits: LineLimits | None = None, rng: random.Random | None = None
+        self,
+        find: Find,
+        *,
+        secret: bytes,
+        limits: LineLimits | None = None,
+        rng: random.Random | None = None,
+        index: PrefixIndex | None = None,
+        on_silent: Callable[[str], None] | None = None,
     ) -> None:
         self._find = find
+        self._index = index or PrefixIndex(secret=b"")
+        self._on_silent = on_silent
         self._secret = secret
         self._limits = limits or LineLimits()
         self._rng = rng or random.Random()
@@ -108,9 +124,7 @@ class LineBackend:
         raise Unavailable("not ready: no replica is connected")
 
     async def ready(self) -> None:
-        problems = [link.problem for link in self._links.values()] or ["no replica is connected"]
-        if None not in problems:
-            raise Unavailable(f"not ready: {problems[0]}")
+        check_ready(self.replicas())
 
     async def stats(self) -> Mapping[str, Stats]:
         return {replica: link.beat.status.stats for replica, link in self._links.items()}
@@ -119,10 +133,10 @@ class LineBackend:
         return {replica: link.state() for replica, link in self._links.items()}
 
     def _choose(self, replica: str | None) -> _Link:
-        """Raises Unavailable: no replica. ReplicaLost: not the one that was chosen."""
+        """Raises Unavailable: no replica, or not the one that was chosen."""
         if replica is not None:
             if replica not in self._links:
-                raise ReplicaLost("the replica was lost before it began")
+                raise Unavailable("the replica was gone before it began")
             return self._links[replica]
         links = list(self._links.values())
         if not links:
@@ -151,10 +165,10 @@ class LineBackend:
             return []
 
     async def _connect(self, address: Address) -> None:
-        link = _Link(self._limits, on_close=self._closed)
+        link = _Link(address.replica, self._index, limits=self._limits, on_close=self._closed)
         try:
             async with asyncio.timeout(self._limits.handshake_s):
-                await link.connect(address, self._secret)
+                await link.connect(address.host, address.port, self._secret)
             if not link.wire.is_open:
                 raise LineError("it broke at once")
         except Exception as error:  # noqa: BLE001 - whatever it was, the search goes on
@@ -172,6 +186,8 @@ class LineBackend:
             self._num_wanted = max(1, self._num_wanted - 1)
         else:
             logger.warning("lost replica %s: %s", link.welcome.replica, reason)
+        if link.is_silent and self._on_silent is not None:
+            self._on_silent(link.welcome.replica)
         self._break.set()
 
 
@@ -214,34 +230,38 @@ class _Stream:
 class _Link:
     """One connection to one replica. `welcome` and `beat` are there once `connect` has returned."""
 
-    def __init__(self, limits: LineLimits, *, on_close: Callable[[_Link, str], None]) -> None:
+    def __init__(
+        self, replica: str, index: PrefixIndex, *, limits: LineLimits, on_close: Callable[[_Link, str], None]
+    ) -> None:
+        self.replica = replica
         self.wire: Wire
         self.welcome: Welcome
         self.beat: Beat
         self.is_leaving = False
+        self.is_silent = False
         self._limits = limits
         self._on_close = on_close
         self._streams: dict[int, _Stream] = {}
         self._num_submitted = 0
-        self._sent: deque[tuple[int, int]] = deque()  # (stream, tokens) that the last beat did not know of
+        self._index = index
+        self._ledger = Ledger(replica, index)
+        self._num_told = 0  # what the replica has said of its cache
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._watch: asyncio.TimerHandle | None = None
 
-    async def connect(self, address: Address, secret: bytes) -> None:
+    async def connect(self, host: str, port: int, secret: bytes) -> None:
         """Raises OSError, LineError."""
         self.wire = Wire(self, ingress_handshake(secret), hears=FromReplica, limits=self._limits)
-        sock = socket.socket(family_of(address.host))
+        sock = socket.socket(family_of(host))
         try:
             set_socket(sock, self._limits)
-            await self._loop.sock_connect(sock, (address.host, address.port))
+            await self._loop.sock_connect(sock, (host, port))
         except BaseException:
             sock.close()
             raise
         await self._loop.create_connection(lambda: self.wire, sock=sock)
         await self._ready
-        if self.welcome.replica != address.replica:
-            raise LineError(f"replica {self.welcome.replica!r:.80} answers there")
 
     def submit(self, request: GenerationRequest) -> _Stream:
         """Raises TooLarge."""
@@ -252,13 +272,13 @@ class _Link:
         except LineError as error:
             raise TooLarge(f"the request is too large: {error}") from None
         self._streams[stream.id] = stream
-        output = request.params.max_tokens or 0
-        self._sent.append((stream.id, len(request.prompt) + output))
+        self._ledger.sent(stream.id, request)
         return stream
 
     def leave(self, stream: _Stream) -> None:
         """Nobody takes the stream's events any more."""
         self._streams.pop(stream.id, None)
+        self._ledger.ended(stream.id)
         if not stream.ended and self.wire.is_open:
             self.wire.send([Abort(stream.id)])
 
@@ -277,7 +297,13 @@ class _Link:
             stats=self.beat.status.stats,
             ranks=self.beat.status.ranks,
             in_flight=len(self._streams),
-            tokens_sent=sum(tokens for _, tokens in self._sent),
+            num_sent=self._ledger.num_sent,
+            tokens_sent=self._ledger.tokens_sent,
+            prefill_sent=self._ledger.prefill_sent,
+            num_ended=self._ledger.num_ended,
+            prefill_answered=self._ledger.prefill_answered,
+            prefill_unanswered=self._ledger.prefill_unanswered,
+            heard_s=self._loop.time() - self.wire.heard_at,
         )
 
     # Party
@@ -287,35 +313,56 @@ class _Link:
 
     def heard(self, message: FromReplica) -> None:
         if isinstance(message, Events):
+            self._ledger.answered(message.stream)
             stream = self._streams.get(message.stream)  # it may have been left a moment ago
             if stream is not None and message.events:
                 stream.push(message.events)
         elif isinstance(message, Beat):
             self._heard_beat(message)
+        elif isinstance(message, Cached):
+            self._heard_cached(message)
         elif isinstance(message, Failed):
             stream = self._streams.get(message.stream)
             if stream is not None:
                 stream.fail(error_of(message.failure))
         elif isinstance(message, Welcome):
-            self.welcome = message
+            self._heard_welcome(message)
         elif isinstance(message, Goodbye):
             self.is_leaving = True
 
     def closed(self, reason: str) -> None:
         if self._watch is not None:
             self._watch.cancel()
+        self._index.leave(self.replica)
         if not self._ready.done():
             self._ready.set_exception(LineError(reason))
             return
         self._on_close(self, reason)
         for stream in self._streams.values():
             if not stream.ended:
-                stream.fail(ReplicaLost("the replica was lost before the answer's end"))
+                stream.fail(self._end_of_streams())
+
+    def _end_of_streams(self) -> ShoalError:
+        if self.is_leaving and not self.is_silent:
+            return Unavailable("the replica has left before the answer's end")
+        return ReplicaLost("the replica was lost before the answer's end")
+
+    def _heard_welcome(self, welcome: Welcome) -> None:
+        if welcome.replica != self.replica:
+            raise LineError(f"replica {welcome.replica!r:.80} answers there")
+        self.welcome = welcome
+        self._index.join(self.replica, block_size=welcome.info.block_size)
+
+    def _heard_cached(self, cached: Cached) -> None:
+        if cached.number != self._num_told + 1 and not cached.changes.anew:
+            self._index.hear(self.replica, Changes(True, b"", b""))  # nothing rather than what is no longer true
+            self.wire.send([Recite()])
+        self._num_told = cached.number
+        self._index.hear(self.replica, cached.changes)
 
     def _heard_beat(self, beat: Beat) -> None:
         self.beat = beat
-        while self._sent and self._sent[0][0] <= beat.received:
-            self._sent.popleft()
+        self._ledger.beat(beat.received)
         if not self._ready.done():
             self._ready.set_result(None)
 
@@ -326,6 +373,7 @@ class _Link:
         now, heard_at = self._loop.time(), self.wire.heard_at
         # Called late, it was this process that stood still, and what came meanwhile is still to be read.
         if now - heard_at >= self._limits.silence_s and now - due < self._limits.beat_s:
+            self.is_silent = True
             self.wire.cut(f"silent for {now - heard_at:.1f} s")
             return
         rest = max(self._limits.beat_s, heard_at + self._limits.silence_s - now)

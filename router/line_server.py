@@ -16,12 +16,14 @@ from functools import partial
 
 import msgspec
 
+from ..runtime.blocks import Changes
 from ..runtime.errors import EngineError, InvalidRequest, ShoalError
 from ..runtime.generation import GenerationRequest, TokenEvent
 from .backend import Failure, Status, failure_of
 from .line import (
     Abort,
     Beat,
+    Cached,
     Events,
     Failed,
     FromIngress,
@@ -29,6 +31,7 @@ from .line import (
     Goodbye,
     LineError,
     LineLimits,
+    Recite,
     Submit,
     Welcome,
     Wire,
@@ -36,6 +39,7 @@ from .line import (
     replica_handshake,
     set_socket,
 )
+from .prefix_index import Catalogue
 
 logger = logging.getLogger("shoal.router")
 
@@ -48,7 +52,7 @@ Generate = Callable[[GenerationRequest], AsyncGenerator[list[TokenEvent], None]]
 class LineServer:
     """Serves `generate` to whoever knows the secret. All methods belong to one event loop.
 
-    status: asked for with every heartbeat.
+    status, changes: asked for with every heartbeat: how things stand, and what the cache has gained and lost since.
     """
 
     def __init__(
@@ -58,11 +62,14 @@ class LineServer:
         secret: bytes,
         welcome: Welcome,
         status: Callable[[], Status],
+        changes: Callable[[], list[Changes]] = list,
         limits: LineLimits | None = None,
     ) -> None:
         self.generate = generate
         self.welcome = welcome
         self.status = status
+        self.catalogue = Catalogue()
+        self._changes = changes
         self.limits = limits or LineLimits()
         self._secret = secret
         self._peers: dict[_Peer, None] = {}  # in the order in which they came
@@ -112,7 +119,9 @@ class LineServer:
     async def _beat(self) -> None:
         while True:
             status = self.status()
+            news = [part for changes in self._changes() for part in self.catalogue.hear(changes)]
             for peer in list(self._peers):
+                peer.tell(news)
                 peer.post(Beat(status, peer.received))
             await asyncio.sleep(self.limits.beat_s)
 
@@ -124,6 +133,7 @@ class _Peer:
         self.wire: Wire
         self.received = 0  # the last stream submitted
         self.runs: dict[int, asyncio.Task[None]] = {}
+        self._num_told = 0
         self._server = server
         self._outbox: list[FromReplica] = []
         self._flush_is_due = False
@@ -138,6 +148,12 @@ class _Peer:
             self._flush_is_due = True
             self._loop.call_soon(self._flush)
 
+    def tell(self, news: list[Changes]) -> None:
+        """What the cache has gained and lost, to who has heard all that was before."""
+        for changes in news:
+            self._num_told += 1
+            self.post(Cached(self._num_told, changes))
+
     def end(self) -> None:
         self._flush()
         self.wire.end()
@@ -146,6 +162,7 @@ class _Peer:
 
     def opened(self) -> None:
         self.post(self._server.welcome)
+        self.tell(self._server.catalogue.recite())
         self.post(Beat(self._server.status(), 0))
 
     def heard(self, message: FromIngress) -> None:
@@ -153,6 +170,9 @@ class _Peer:
             run = self.runs.get(message.stream)
             if run is not None:
                 run.cancel()
+            return
+        if isinstance(message, Recite):
+            self.tell(self._server.catalogue.recite())
             return
         if message.stream <= self.received:
             raise LineError(f"stream {message.stream} behind stream {self.received}")

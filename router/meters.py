@@ -30,7 +30,8 @@ class StoreMeter(_Meter):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self.errors = self._counter("redis_errors", "Calls to Redis that failed.", "kind")
-        self.available = self._gauge("redis_available", "Whether Redis is asked: 0 while the breaker is open.")
+        self.available = self._gauge("redis_available", "Whether Redis is asked: 0 while it does not answer.")
+        self.writable = self._gauge("redis_writable", "Whether Redis is asked to write: 0 while it will not.")
         self.seconds = self._histogram("redis_call_seconds", "Calls to Redis that succeeded.", _STORE_S)
 
 
@@ -55,6 +56,7 @@ class ResumeMeter(_Meter):
         self.losses = self._counter("generations_interrupted", "Generations whose replica stopped them.", "cause")
         self.resumed = self._counter("generations_resumed", "Generations that went on elsewhere.")
         self.given_up = self._counter("generations_given_up", "Generations that did not.", "reason")
+        self.suspects = self._gauge("suspects", "Generations that go on one at a time: they may end replicas.")
         self.pause = self._histogram("resume_pause_seconds", "From the loss to the next token.", _PAUSE_S)
 
 
@@ -78,6 +80,12 @@ class RoutingMeter(_Meter):
 
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
-        self.decisions = self._counter("routing_decisions", "Choices of a replica.", "reason")
+        self.decisions = self._counter("routing_decisions", "Choices of a replica, by what decided.", "reason")
         self.prompt_tokens = self._counter("routing_prompt_tokens", "Prompt tokens of routed generations.")
         self.expected_hits = self._counter("routing_expected_hit_tokens", "Those expected in the replica's cache.")
+
+    def chose(self, num_tokens: int, num_spared: int) -> None:
+        """A replica was chosen whose cache spares so many of a log's tokens."""
+        self.decisions.labels("prefix" if num_spared else "load").inc()
+        self.prompt_tokens.inc(num_tokens)
+        self.expected_hits.inc(num_spared)

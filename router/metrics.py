@@ -1,31 +1,39 @@
 """Beside the stations: what the ingress measures and what replicas report, as Prometheus text.
 
-One registry for each process. Names are those that dashboards for vLLM use, with our prefix. Totals of a replica that
-is gone, or that starts again from zero, are folded into `replica="departed"`, so that a sum over replicas never falls.
+One registry for each process; whichever ingress answers speaks for all (chorus.py), and replicas report with their
+heartbeats. Totals of a replica that has been gone for a while, or that starts again from zero, are folded into
+`replica="departed"`, so that a sum over replicas never falls. docs/METRICS.md lists all of it (metrics_doc.py).
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..runtime.generation import TokenEvent
 from ..runtime.stats import Stats
+from .backend import ReplicaState
+from .body import ClientGone
+from .chorus import DEPARTED, Chorus, Words
+from .last_words import LastWords, Word
 from .meters import AdmissionMeter, CacheMeter, ResumeMeter, RoutingMeter, StoreMeter
+from .request_log import Exchange
 from .text import Choice
+from .vllm_names import BothNames, OurNames
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-DEPARTED = "departed"
 _PREFIX = "shoal_"
 _MAX_GONE = 256
 _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
-_E2E_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_E2E_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # cached answers take 5 ms
+_TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
 _GAUGES = {
     "num_requests_running": ("Generations in the running batch.", "num_running"),
     "num_requests_waiting": ("Generations waiting for a place in the batch.", "num_waiting"),
@@ -52,76 +60,186 @@ _TALLIES = {
 }
 
 
-class RouterMetrics:
-    """What one ingress counts. Called on the way of every token: keep it to one histogram an event."""
+Peers = Callable[[bytes], Awaitable[list[bytes]]]
+"""Tells all other ingresses what this one knows (`RouterMetrics.tell`), and returns what those tell that answer."""
 
-    def __init__(self) -> None:
+
+async def nobody(telling: bytes) -> list[bytes]:
+    """The null `Peers`: this ingress is alone."""
+    return []
+
+
+class RouterMetrics:
+    """What one ingress counts. Called on the way of every token: keep it to one histogram an event.
+
+    ingress: its id where there are several. vllm_model: the model's name where metrics are wanted under vLLM's names,
+    too. clock: of intervals. now: unix seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        ingress: str = "",
+        vllm_model: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
         self.registry = CollectorRegistry()
-        self.replicas = ReplicaBook()
-        self.registry.register(self.replicas)
-        self.ttft = self._histogram(
-            "time_to_first_token_seconds", "From the request to a choice's first token.", _TTFT_S
-        )
+        self.replicas = ReplicaBook(now=now)
+        self._ingress = ingress
+        self._chorus = Chorus(OurNames(self.registry), ingress=ingress, now=now)
+        self._parts: list[Collector] = [self._chorus, self.replicas]
+        served = Together(self._parts)
+        self._served = served if vllm_model is None else BothNames(served, model=vllm_model)
+        ProcessCollector(registry=self.registry)
+        self.ttft = self._histogram("time_to_first_token_seconds", "From the request to a first token.", _TTFT_S)
         self.itl = self._histogram("inter_token_latency_seconds", "Between two tokens of one choice.", _ITL_S)
         self.e2e = self._histogram("e2e_request_latency_seconds", "From the request to its end.", _E2E_S)
+        self.prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self.output_length = self._histogram("request_generation_tokens", "Tokens of a choice.", _TOKENS)
         self.in_flight = Gauge(_PREFIX + "router_in_flight", "Generations admitted.", registry=self.registry)
-        self.responses = Counter(
-            _PREFIX + "http_responses", "Answers by route and status.", ["route", "status"], registry=self.registry
-        )
-        self.stream_errors = Counter(
-            _PREFIX + "stream_errors", "Streams that ended with an error event.", registry=self.registry
-        )
+        self.finished = self._counter("choices_finished", "Choices as clients got them, by reason.", "finished_reason")
+        self.responses = self._counter("http_responses", "Answers by route and status.", "route", "status")
+        self.stream_errors = self._counter("stream_errors", "Streams that ended with an error event.")
+        self.clients_gone = self._counter("clients_gone", "Requests whose client left before their end.")
         self.store = StoreMeter(self.registry)
         self.cache = CacheMeter(self.registry)
         self.resume = ResumeMeter(self.registry)
         self.admission = AdmissionMeter(self.registry)
         self.routing = RoutingMeter(self.registry)
 
+    def watch(self, replicas: Callable[[], Mapping[str, ReplicaState]]) -> None:
+        """Tell of the connected replicas, too. `replicas`: asked at every scrape."""
+        self._parts.append(ReplicaWatch(replicas))
+
     def answered(self, route: str, status: int) -> None:
         self.responses.labels(route, str(status)).inc()
 
     def landed(self, choice: Choice, event: TokenEvent, arrived: float) -> None:
-        """An event has reached the router; `arrived` is when its request did, on time.monotonic's clock."""
-        now = time.monotonic()
+        """An event has reached the router; `arrived` is when its request did, on the same clock."""
+        now = self._clock()
         if not event.tokens:
             return
         if choice.last_event is None:
+            choice.first_event = now
             self.ttft.observe(now - arrived)
         else:
             self.itl.observe((now - choice.last_event) / len(event.tokens))
         choice.last_event = now
 
-    def render(self, stats: Mapping[str, Stats]) -> bytes:
+    def ended(self, exchange: Exchange) -> None:
+        """A request is over, however it ended."""
+        if isinstance(exchange.error, ClientGone):
+            self.clients_gone.inc()
+        if exchange.job is None or exchange.flight is None:
+            return
+        for prompt in exchange.job.prompts:
+            self.prompt_length.observe(len(prompt.ids))
+        for choice in exchange.flight.choices:
+            self.output_length.observe(choice.num_tokens)
+            self.finished.labels(choice.finish_reason or "incomplete").inc()
+
+    def tell(self, stats: Mapping[str, Stats]) -> bytes:
+        """All that is known here, for other ingresses. `stats`: of the replicas that are connected."""
         self.replicas.update(stats)
-        return generate_latest(self.registry)
+        return _encode(Telling(self._ingress, self._chorus.tell(), self.replicas.tell()))
+
+    def hear(self, telling: bytes) -> str | None:
+        """What another ingress tells; returns which. One of another version may not be understood: None."""
+        try:
+            heard = _decode(telling)
+        except msgspec.MsgspecError:
+            return None
+        self._chorus.hear(heard.ingresses)
+        self.replicas.hear(heard.replicas)
+        return heard.ingress
+
+    def text(self, tellings: Iterable[bytes] = ()) -> bytes:
+        """Prometheus text, as of the last `tell`. `tellings`: of all other ingresses that are there now."""
+        self._chorus.see(teller for telling in tellings if (teller := self.hear(telling)) is not None)
+        return generate_latest(self._served)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(_PREFIX + name, text, labels, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(_PREFIX + name, text, buckets=buckets, registry=self.registry)
 
 
+class Telling(msgspec.Struct, frozen=True, array_like=True):
+    """What one ingress tells another."""
+
+    ingress: str
+    ingresses: Words
+    replicas: dict[str, Word[Stats]]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Telling).decode
+
+
+class Together(Collector):
+    """The families of all parts."""
+
+    def __init__(self, parts: Iterable[Collector]) -> None:
+        self._parts = parts
+
+    def collect(self) -> Iterator[Metric]:
+        for part in self._parts:
+            yield from part.collect()
+
+
+class ReplicaWatch(Collector):
+    """Which replicas are connected, and how they stand at the moment of the scrape."""
+
+    def __init__(self, replicas: Callable[[], Mapping[str, ReplicaState]]) -> None:
+        self._replicas = replicas
+
+    def collect(self) -> Iterator[Metric]:
+        states = self._replicas()
+        ready = GaugeMetricFamily(
+            _PREFIX + "replica_ready",
+            "1 where it takes work, 0 where it is only connected.",
+            labels=["replica"],
+        )
+        heard = GaugeMetricFamily(
+            _PREFIX + "replica_heard_seconds", "Since anything came from the replica.", labels=["replica"]
+        )
+        for replica, state in states.items():
+            ready.add_metric([replica], float(state.problem is None))
+            heard.add_metric([replica], state.heard_s)
+        yield from (ready, heard)
+
+
 class ReplicaBook(Collector):
     """The last word of every replica, and the totals of those that are gone."""
 
-    def __init__(self) -> None:
-        self._live: dict[str, Stats] = {}
-        self._gone: dict[str, Stats] = {}  # may come back: a replica that was only late with its answer
+    def __init__(self, *, now: Callable[[], float] = time.time) -> None:
+        self._live: Mapping[str, Stats] = {}
+        self._words: LastWords[Stats] = LastWords(keep=_MAX_GONE, forget=self._fold, now=now)
         self._departed: Tally[str] = Tally()
         self._departed_tallies: dict[str, Tally[str]] = {field: Tally() for _, field, _ in _TALLIES.values()}
 
     def update(self, stats: Mapping[str, Stats]) -> None:
-        for replica, last in [*self._live.items(), *self._gone.items()]:
-            now = stats.get(replica)
-            if now is not None and now.steps < last.steps:  # it started again from zero
-                self._fold(last)
-            elif now is None:
-                self._gone[replica] = last
-        for replica in stats:
-            self._gone.pop(replica, None)
-        while len(self._gone) > _MAX_GONE:
-            self._fold(self._gone.pop(next(iter(self._gone))))
+        """`stats`: of those that are there now."""
         self._live = dict(stats)
+        for replica, last in stats.items():
+            known = self._words.words.get(replica)
+            if known is not None and last.steps < known.said.steps:  # it started again from zero
+                self._fold(known.said)
+            self._words.say(replica, last)
+
+    def tell(self) -> dict[str, Word[Stats]]:
+        """For another ingress, which may not have met all of them."""
+        return self._words.words
+
+    def hear(self, words: Mapping[str, Word[Stats]]) -> None:
+        """What another ingress told; of those that are there it is known better here."""
+        self._words.hear({replica: word for replica, word in words.items() if replica not in self._live})
 
     def collect(self) -> Iterator[Metric]:
+        recent, departed = self._words.recent(), self._words.departed()
         for name, (text, field) in _GAUGES.items():
             gauge = GaugeMetricFamily(_PREFIX + name, text, labels=["replica"])
             for replica, stats in self._live.items():
@@ -129,24 +247,20 @@ class ReplicaBook(Collector):
             yield gauge
         for name, (text, field) in _TOTALS.items():
             total = CounterMetricFamily(_PREFIX + name, text, labels=["replica"])
-            gone = sum(float(getattr(stats, field)) for stats in self._gone.values())
+            gone = sum(float(getattr(stats, field)) for stats in departed)
             total.add_metric([DEPARTED], gone + self._departed[field])
-            for replica, stats in self._live.items():
+            for replica, stats in recent.items():
                 total.add_metric([replica], float(getattr(stats, field)))
             yield total
         for name, (text, field, labels) in _TALLIES.items():
-            yield self._tally(CounterMetricFamily(_PREFIX + name, text, labels=["replica", *labels]), field)
-
-    def _tally(self, total: CounterMetricFamily, field: str) -> Metric:
-        gone = self._departed_tallies[field].copy()
-        for stats in self._gone.values():
-            gone.update(getattr(stats, field))
-        for kind, count in gone.items():
-            total.add_metric([DEPARTED, *kind.split(",")], count)
-        for replica, stats in self._live.items():
-            for kind, count in getattr(stats, field).items():
-                total.add_metric([replica, *kind.split(",")], count)
-        return total
+            tally = CounterMetricFamily(_PREFIX + name, text, labels=["replica", *labels])
+            gone_by_kind = self._departed_tallies[field].copy()
+            for stats in departed:
+                gone_by_kind.update(getattr(stats, field))
+            for replica, counts in [(DEPARTED, gone_by_kind), *((r, getattr(s, field)) for r, s in recent.items())]:
+                for kind, count in counts.items():
+                    tally.add_metric([replica, *kind.split(",")], count)
+            yield tally
 
     def _fold(self, last: Stats) -> None:
         self._departed.update({field: getattr(last, field) for _, field in _TOTALS.values()})

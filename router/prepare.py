@@ -67,7 +67,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     n: int
     echo: list[str] | None = None
     prompt_logprobs: bool = False
-    degraded: dict[str, int] = {}
+    degraded: dict[str, int | str] = {}
 
     def most_tokens(self) -> int:
         """What it may come to: each prompt once, and all answers."""
@@ -253,7 +253,7 @@ class Preparer:
         tenant: Tenant,
     ) -> Job:
         prompts = [self._truncated(prompt, body.truncate_prompt_tokens, params.max_tokens or 0) for prompt in prompts]
-        degraded: dict[str, int] = {}
+        degraded: dict[str, int | str] = {} if self._given_up.model is None else {"model": self._given_up.model}
         if body.truncation == "auto":
             prompts = self._truncated_to_fit(prompts, params.max_tokens or 0, degraded)
         limits = self._config
@@ -310,7 +310,7 @@ class Preparer:
         keep = max(1, self._info.max_model_len - max(1, max_tokens)) if keep == -1 else keep
         return prompt if len(prompt.ids) <= keep else Prompt(prompt.ids[-keep:])
 
-    def _truncated_to_fit(self, prompts: list[Prompt], max_tokens: int, degraded: dict[str, int]) -> list[Prompt]:
+    def _truncated_to_fit(self, prompts: list[Prompt], max_tokens: int, degraded: dict[str, int | str]) -> list[Prompt]:
         """`truncation: auto`: the last tokens that fit, or as many as the load allows."""
         fitting, allowed = max(1, self._info.max_model_len - max(1, max_tokens)), self._given_up.truncate_to
         if allowed is not None and any(len(prompt.ids) > allowed for prompt in prompts):
@@ -324,7 +324,7 @@ class Preparer:
             return [self._shortened(item) if isinstance(item, str) else item for item in prompt]
         return prompt[-self._text.max_characters :] if isinstance(prompt, str) else prompt
 
-    def _capped(self, params: SamplingParams, degraded: dict[str, int]) -> SamplingParams:
+    def _capped(self, params: SamplingParams, degraded: dict[str, int | str]) -> SamplingParams:
         """No longer than the load allows."""
         allowed = self._given_up.max_tokens
         if allowed is None or params.max_tokens is None or params.max_tokens <= allowed:

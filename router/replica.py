@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..parallel.group import RankInfo
-from ..runtime.errors import EngineDead
+from ..runtime.blocks import Changes
+from ..runtime.errors import EngineDead, Unavailable
 from ..runtime.generation import FinishReason, GenerationRequest, StructuredOutputs, TokenEvent
 from ..runtime.grammar import FREE, Constraint
 from ..runtime.stats import Stats
@@ -67,6 +68,7 @@ class Parts:
     engine: Engine
     grammars: Grammars
     info: ModelInfo
+    changes: Callable[[], list[Changes]] = list  # what the cache has gained and lost since they were last asked for
     drain_timeout_s: float = 10.0
 
 
@@ -93,14 +95,26 @@ class Replica:
             if self._address is None:
                 welcome = Welcome(replica, self._parts.info)
                 self._line = LineServer(
-                    self.generate, secret=self._secret, welcome=welcome, status=self.status, limits=self._limits
+                    self.generate,
+                    secret=self._secret,
+                    welcome=welcome,
+                    status=self.status,
+                    changes=self._parts.changes,
+                    limits=self._limits,
                 )
                 self._address = Address(replica, host, await self._line.start(host))
             return self._address
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
-        """One log's events. Closing or cancelling aborts the generation within a step."""
+        """One log's events. Closing or cancelling aborts the generation within a step.
+
+        Raises:
+            EngineDead: the engine died under the log. Unavailable: it takes no more, dead before or draining.
+            ShoalError: as the engine raised it.
+        """
         constraint = await self._constraint(request)
+        if not self._parts.engine.healthy:
+            raise Unavailable(f"the replica takes no more: {self._parts.engine.state}")
         async with aclosing(self._parts.engine.generate(request, constraint)) as batches:
             async for batch in batches:
                 if batch[-1].finish_reason is FinishReason.ERROR and not self._parts.engine.healthy:

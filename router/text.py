@@ -55,7 +55,10 @@ class Choice:
         self.num_cached_tokens = 0
         self.finished = False
         self.stopped_by: str | None = None  # the stop string that ended it, perhaps ahead of the engine
-        self.last_event: float | None = None  # when its last tokens came, on time.monotonic's clock
+        self.finish_reason: str | None = None  # as the client gets it
+        self.first_event: float | None = None  # when its first tokens came, on time.monotonic's clock,
+        self.last_event: float | None = None  # and its last ones
+        self.attempts: list[str | None] = []  # replicas that worked on it for us; None: the transport's choice
         self._output = output
         self._received = received
 
@@ -72,6 +75,7 @@ class Choice:
         self.stopped_by = stop
         reason = FinishReason.STOP if stop is not None else event.finish_reason
         self.finished = reason is not None
+        self.finish_reason = None if reason is None else reason.value
         if self.finished and self._received > self.num_tokens:
             text = ""  # what was held back to the end, it has had, too
         return Piece(
@@ -80,7 +84,7 @@ class Choice:
             event.tokens[had:used],
             logprobs=None if event.logprobs is None else event.logprobs[had:used],
             prompt_logprobs=event.prompt_logprobs,
-            finish_reason=None if reason is None else reason.value,
+            finish_reason=self.finish_reason,
             stop_reason=event.stop_reason if stop is None else stop,
             skipped=event.tokens[:had],
         )

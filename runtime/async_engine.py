@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 
 from ..parallel.group import RankInfo
+from .blocks import Changes
 from .engine import Engine
 from .errors import EngineDead, EngineError, ShoalError, Unavailable
 from .generation import FinishReason, GenerationRequest, TokenEvent
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 STATS_EVERY_S = 0.1
 CHECK_EVERY_S = 0.5  # of the ranks, while there is no work
+MAX_CHANGES = 32  # of the cache, kept for whoever takes them; more stay in the pool's journal
 
 
 class _Stream:
@@ -86,6 +88,7 @@ class AsyncEngine:
         self._busy = False
         self._restarting: str | None = None
         self.last_progress = clock()
+        self._changes: deque[Changes] = deque()
         self._stats = engine.stats()
         self._stats_at = self.last_progress
         self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
@@ -133,6 +136,10 @@ class AsyncEngine:
     def stats(self) -> Stats:
         """How things stood a moment (`STATS_EVERY_S`, or one step) ago."""
         return self._stats
+
+    def take_cache_changes(self) -> list[Changes]:
+        """What the cache has gained and lost since the last call, in order. For one taker."""
+        return [self._changes.popleft() for _ in range(len(self._changes))]
 
     def ranks(self) -> list[RankInfo]:
         """The grid as it stands, by rank."""
@@ -294,6 +301,8 @@ class AsyncEngine:
     def _publish_stats(self, now: float) -> None:
         self._stats = self._engine.stats()
         self._stats_at = now
+        if len(self._changes) < MAX_CHANGES and (changes := self._engine.take_cache_changes()):
+            self._changes.append(changes)
 
 
 def _last_event(stream: _Stream, reason: FinishReason, error: str) -> TokenEvent:

@@ -9,6 +9,9 @@ A block is a page number; the tensors behind it live in `kv.py`. Every block is 
 A full block is named by a SHA-256 chain over everything before it and in it, and the chain starts from a secret
 per-tenant salt: equal names mean equal content of the same tenant. What is not full is never named, so nobody ever
 writes into a block that somebody else may read.
+
+The pool keeps a journal of the names that could be found and no longer can, for whoever sends requests to where their
+prefixes are (`router/prefix_index.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,11 @@ import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
+import msgspec
+
 Digest = bytes
+SHORT = 8  # bytes of a name in `Changes`: two of a million are equal with a chance of 3 in 100 million
+_RUN = 8  # names made at a time
 
 
 def tenant_salt(secret: bytes, tenant: str) -> Digest:
@@ -27,27 +34,53 @@ def tenant_salt(secret: bytes, tenant: str) -> Digest:
     return hmac.digest(secret, tenant.encode(), "sha256")
 
 
-class BlockNames:
-    """The digests of one log's full blocks, each made once and only when it is asked for."""
+class Changes(msgspec.Struct, frozen=True, array_like=True):
+    """What became of a pool's names since it was asked last, as a set: short names, one behind the other.
 
-    __slots__ = ("_digests", "_pack", "_salt", "_size", "_tokens")
+    anew: the set is empty before; whatever was said earlier is void.
+    """
+
+    anew: bool
+    added: bytes
+    removed: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.added) % SHORT or len(self.removed) % SHORT:
+            raise ValueError(f"names have {SHORT} bytes each")
+
+    def __bool__(self) -> bool:
+        return bool(self.anew or self.added or self.removed)
+
+
+class BlockNames:
+    """The digests of one log's full blocks, each made once and only when it, or one just before, is asked for."""
+
+    __slots__ = ("_digests", "_salt", "_size", "_tokens")
 
     def __init__(self, tokens: list[int], *, salt: Digest, block_size: int) -> None:
         """`tokens` is the live log: it may grow, what is in it never changes."""
         self._tokens = tokens
         self._salt = salt
         self._size = block_size
-        self._pack = struct.Struct(f"<{block_size}I").pack
         self._digests: list[Digest] = []
 
     def __getitem__(self, index: int) -> Digest:
         """The name of block `index`, whose tokens must all be there."""
-        digests = self._digests
-        while len(digests) <= index:
-            first = len(digests) * self._size
-            content = self._pack(*self._tokens[first : first + self._size])
-            digests.append(hashlib.sha256((digests[-1] if digests else self._salt) + content).digest())
-        return digests[index]
+        if index >= len(self._digests):
+            self._extend(index + 1)
+        return self._digests[index]
+
+    def _extend(self, count: int) -> None:
+        """Have at least `count`: a few more where their tokens are there, which costs less than one at a time."""
+        digests, tokens, size, sha256 = self._digests, self._tokens, self._size, hashlib.sha256
+        last = digests[-1] if digests else self._salt
+        end = max(count, min(count - count % -_RUN, len(tokens) // size))
+        run = tokens[len(digests) * size : end * size]
+        assert len(run) == (end - len(digests)) * size, "a block that is not full has no name"
+        content = struct.pack(f"<{len(run)}I", *run)
+        for at in range(0, len(content), 4 * size):
+            last = sha256(last + content[at : at + 4 * size]).digest()
+            digests.append(last)
 
     def first(self, count: int) -> Iterable[Digest]:
         """The names of the first `count` blocks, made one by one."""
@@ -65,6 +98,12 @@ class BlockPool:
         self._by_digest: dict[Digest, int] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self._journal: dict[Digest, bool] = {}  # name -> whether it can be found, of those whose state has changed
+        self._begins_anew = True  # the journal is useless: too long, or all was forgotten
+
+    def __contains__(self, digest: Digest) -> bool:
+        """Whether a block of this name would be found."""
+        return digest in self._by_digest
 
     @property
     def num_free(self) -> int:
@@ -123,6 +162,10 @@ class BlockPool:
         if digest not in self._by_digest and self._digests[block] is None:
             self._by_digest[digest] = block
             self._digests[block] = digest
+            self._journal[digest] = True
+            if len(self._journal) > self.num_blocks:  # nobody asks: a list of all names would be as short
+                self._journal.clear()
+                self._begins_anew = True
 
     def forget(self, blocks: list[int]) -> None:
         """Let held blocks be found no more: their content is in doubt."""
@@ -137,12 +180,23 @@ class BlockPool:
         self._cached.clear()
         self._by_digest.clear()
         self._digests = [None] * self.num_blocks
+        self._journal.clear()
+        self._begins_anew = True
+
+    def take_changes(self) -> Changes:
+        """What became of the names since the last call. O(what changed), or O(blocks) where that was forgotten."""
+        anew, journal = self._begins_anew, self._journal
+        added = self._by_digest if anew else [digest for digest, is_there in journal.items() if is_there]
+        removed = [] if anew else [digest for digest, is_there in journal.items() if not is_there]
+        self._journal, self._begins_anew = {}, False
+        return Changes(anew, _short(added), _short(removed))
 
     def _forget(self, block: int) -> None:
         digest = self._digests[block]
         assert digest is not None
         del self._by_digest[digest]
         self._digests[block] = None
+        self._journal[digest] = False
 
     def check(self, holders: Iterable[list[int]]) -> None:
         """Assert every invariant, given what each holder believes to hold. For tests: O(blocks)."""
@@ -158,3 +212,7 @@ class BlockPool:
         assert len(named) == sum(digest is not None for digest in self._digests), "two blocks have one name"
         assert all(self._digests[block] is None for block in self._blank), "a blank block has a name"
         assert all(self._digests[block] is not None for block in self._cached), "a cached block has no name"
+
+
+def _short(digests: Iterable[Digest]) -> bytes:
+    return b"".join(digest[:SHORT] for digest in digests)

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from ..parallel.group import GroupFailure, GroupStartError, RankInfo, WorkerGroup
+from .blocks import Changes
 from .errors import EngineDead
 from .generation import FinishReason, GenerationRequest, TokenEvent
 from .grammar import FREE, Constraint
@@ -187,7 +188,9 @@ class Engine:
             num_waiting=scheduler.num_waiting,
             num_blocks=scheduler.pool.num_blocks,
             num_blocks_held=scheduler.pool.num_blocks - scheduler.pool.num_free,
+            block_size=scheduler.pool.block_size,
             tokens_owed=scheduler.tokens_owed(),
+            prefill_tokens_owed=scheduler.prefill_owed(),
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
             prefix_query_tokens=counters.prefix_query_tokens,
@@ -202,6 +205,10 @@ class Engine:
             host_s=self._host_s,
             device_s=self._device_s,
         )
+
+    def take_cache_changes(self) -> Changes:
+        """What the cache has gained and lost since the last call."""
+        return self._scheduler.pool.take_changes()
 
     def ranks(self) -> list[RankInfo]:
         """The grid as it stands. Any thread may ask."""

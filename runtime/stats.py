@@ -25,6 +25,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """One engine at one moment. The first part are gauges, the second totals since the start.
 
     tokens_owed: the most that live generations may still cost: tokens to compute, prompt and output.
+    prefill_tokens_owed: those of them that exist and are yet to be computed, without what the cache spares.
     prefix_query_tokens, prefix_hit_tokens: tokens looked up in the prefix cache, and found there.
     host_s, device_s: seconds spent scheduling and updating, and seconds the ranks reported.
     restarts: of all ranks. rank_failures: "cause,rank,station" of what led to them (see `GroupFailure`) -> how often.
@@ -35,7 +36,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting: int = 0
     num_blocks: int = 0
     num_blocks_held: int = 0
+    block_size: int = 0
     tokens_owed: int = 0
+    prefill_tokens_owed: int = 0
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -55,3 +58,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     def kv_usage(self) -> float:
         """Share of the KV blocks that somebody holds, 0 to 1."""
         return self.num_blocks_held / self.num_blocks if self.num_blocks else 0.0
+
+    @property
+    def num_tokens_free(self) -> int:
+        """Tokens that the KV blocks nobody holds have room for."""
+        return (self.num_blocks - self.num_blocks_held) * self.block_size

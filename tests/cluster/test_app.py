@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.app import IngressActor
+from shoal.cluster.app import REPLICA, IngressActor
 from shoal.cluster.config import load_config
 from shoal.router.backend import ModelInfo
 from shoal.router.line_client import Address
@@ -106,10 +106,12 @@ def with_client(
     model: Path, scenario: Callable[[IngressActor, LateHandle, Client], Awaitable[None]], **options: Any
 ) -> None:
     async def run() -> None:
-        config = load_config({("engine", "model"): str(model), ("router", "served_model_name"): ["tiny"]})
+        served = {("engine", "model"): str(model), ("router", "served_model_name"): ["tiny"]}
+        alone = {("router", "secret"): "s" * 32, ("server", "redis_url"): "none"}
+        config = load_config({**served, **alone})
         handle = LateHandle()
         actor = IngressActor.__new__(IngressActor)
-        await actor.__init__(handle, config, Path("nowhere/board"), secret=SECRET, **options)  # type: ignore[misc]
+        await actor.__init__({REPLICA: handle}, config, Path("nowhere/board"), secret=SECRET, **options)  # type: ignore[misc]
         await scenario(actor, handle, Client(actor.__serve_build_asgi_app__()))
         await handle.end()
 

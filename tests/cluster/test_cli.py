@@ -56,7 +56,6 @@ def test_every_engine_field_is_a_flag_of_serve() -> None:
         (["--pp-layers", "8,x"], ["--pp-layers", "'x'"]),
         (["--replicas", "0"], ["--replicas", "got 0"]),
         (["--redis-url", "reddis://127.0.0.1:6379"], ["redis_url", "must begin with redis://"]),
-        (["--metrics-port", "9090"], ["metrics_port 9090"]),
         (["--seed", "7"], ["seed 7", "requests"]),
         (["--api-key", ""], ["--api-key:", "not empty"]),
         (["--host", "a" * 300, "--api-key", "k"], ["--host aaa", "not a name of a host"]),

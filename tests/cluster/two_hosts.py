@@ -32,6 +32,7 @@ def main(model: str, here: str, there: str, port: int, folder: Path) -> None:
     signal.alarm(START_S)  # ends it: nobody waits for ever
     overrides = {
         ("router", "secret"): "s" * 64,
+        ("server", "redis_url"): "none",
         ("engine", "model"): model,
         ("engine", "dtype"): "float32",
         ("engine", "device"): "cpu",

@@ -26,6 +26,7 @@ def main(model: str, port: int, folder: Path) -> None:
 
     overrides = {
         ("router", "secret"): "s" * 64,
+        ("server", "redis_url"): "none",
         ("engine", "model"): model,
         ("engine", "dtype"): "float32",
         ("engine", "device"): "cpu",

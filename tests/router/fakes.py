@@ -90,6 +90,8 @@ class FakeBackend:
         if limit == 0:
             yield self._event(request, 0, [], FinishReason.LENGTH)
         for i, token in enumerate(tokens[:limit]):
+            if i < len(request.tokens):  # said elsewhere
+                continue
             stopped = token == EOS or token in params.stop_token_ids
             ended = FinishReason.STOP if stopped else FinishReason.LENGTH if i + 1 == limit else None
             yield self._event(request, i, [token], ended)
@@ -100,7 +102,7 @@ class FakeBackend:
         self, request: GenerationRequest, start: int, tokens: list[int], ended: FinishReason | None
     ) -> TokenEvent:
         params = request.params
-        first = start == 0
+        first = start == len(request.tokens)
         scored = first and params.prompt_logprobs is not None
         return TokenEvent(
             id=request.id,

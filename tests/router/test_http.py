@@ -211,7 +211,7 @@ def test_text_parts_and_roles(server: Server) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     roles = ("developer", "user", "assistant", "user")
     chat(server, messages=[{"role": role, "content": parts} for role in roles], max_tokens=1)
-    prompt = server.ingress.text.decode(server.backend.requests[-1].prompt)
+    prompt = server.ingress.model.text.decode(server.backend.requests[-1].prompt)
     assert prompt == "system\na\nbuser\na\nbassistant\na\nbuser\na\nbassistant\n"
 
 
@@ -272,7 +272,7 @@ def test_tokenize_and_back(server: Server) -> None:
 def test_continue_final_message(server: Server) -> None:
     messages = [*HI, {"role": "assistant", "content": "Well"}]
     chat(server, messages=messages, continue_final_message=True)
-    assert server.ingress.text.decode(server.backend.requests[-1].prompt).endswith("assistant\nWell")
+    assert server.ingress.model.text.decode(server.backend.requests[-1].prompt).endswith("assistant\nWell")
 
 
 def test_detokenize_takes_what_the_context_holds(server: Server) -> None:

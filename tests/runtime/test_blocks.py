@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from shoal.runtime.blocks import BlockNames, BlockPool, tenant_salt
+from shoal.runtime.blocks import SHORT, BlockNames, BlockPool, Changes, tenant_salt
 
 SIZE = 4
 
@@ -112,19 +112,68 @@ def test_a_double_release_is_a_bug() -> None:
         pool.release(blocks)
 
 
+def row(*names: bytes) -> bytes:
+    return b"".join(name[:SHORT] for name in names)
+
+
+def split(names: bytes) -> set[bytes]:
+    return {names[at : at + SHORT] for at in range(0, len(names), SHORT)}
+
+
+def test_names_made_ahead_are_those_of_full_blocks_only() -> None:
+    tokens = list(range(SIZE * 9 + 1))
+    ahead = names(tokens)
+    known = [ahead[0], ahead[8]]
+    tokens += [7, 8, 9]
+    assert [ahead[0], ahead[8], ahead[9]] == [*known, names(tokens)[9]]
+    assert ahead[9] != names([*range(SIZE * 9 + 1), 7, 8, 0])[9]
+
+
+def test_the_journal_tells_what_can_be_found_and_what_no_longer() -> None:
+    a, b, c = (letter * 32 for letter in (b"a", b"b", b"c"))
+    pool = BlockPool(2, block_size=SIZE)
+    assert pool.take_changes() == Changes(True, b"", b"")
+    pool.release(filled(pool, [a, b]))
+    assert pool.take_changes() == Changes(False, row(a, b), b"")
+    assert not pool.take_changes()
+    pool.release(filled(pool, [c]))
+    assert pool.take_changes() == Changes(False, row(c), row(b)), "the tail was evicted"
+    pool.reset()
+    assert pool.take_changes() == Changes(True, b"", b"")
+
+
+def test_a_journal_that_nobody_takes_stays_short_and_begins_anew() -> None:
+    pool = BlockPool(4, block_size=SIZE)
+    pool.take_changes()
+    for i in range(1000):
+        pool.release(filled(pool, [i.to_bytes(32, "little")]))
+        assert len(pool._journal) <= 2 * pool.num_blocks
+    changes = pool.take_changes()
+    assert changes.anew
+    assert split(changes.added) == {i.to_bytes(SHORT, "little") for i in range(996, 1000)}
+    assert changes.removed == b""
+
+
+@pytest.mark.parametrize("field", ["added", "removed"])
+def test_changes_hold_whole_names(field: str) -> None:
+    with pytest.raises(ValueError, match="8 bytes each"):
+        Changes(**{"anew": False, "added": b"", "removed": b"", field: b"x" * 9})
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """The pool against a model in which content is a string and every holder a list."""
+    """The pool against a model in which content is a string and every holder a list; its journal against its names."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(6, block_size=SIZE)
         self.holders: list[list[int]] = []
         self.content: dict[int, bytes] = {}
+        self.told: set[bytes] = set()
 
     @rule(text=st.text("ab", min_size=1, max_size=4))
     def hold(self, text: str) -> None:
         """What an admission does: match a prefix, allocate and fill the rest."""
-        digests = [text[: i + 1].encode() for i in range(len(text))]
+        digests = [text[: i + 1].encode().ljust(SHORT) for i in range(len(text))]
         found = self.pool.match(digests)
         assert all(self.content[block] == digest for block, digest in zip(found, digests, strict=False))
         rest = digests[len(found) :]
@@ -145,6 +194,18 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.holders)
     def forget(self, data: st.DataObject) -> None:
         self.pool.forget(data.draw(st.sampled_from(self.holders)))
+
+    @rule()
+    def listen(self) -> None:
+        """Whoever heard every change knows every name."""
+        changes = self.pool.take_changes()
+        self.told = (set() if changes.anew else self.told) - split(changes.removed) | split(changes.added)
+        assert self.told == {name[:SHORT] for name in self.pool._by_digest}
+
+    @rule()
+    @precondition(lambda self: not self.holders)
+    def reset(self) -> None:
+        self.pool.reset()
 
     @invariant()
     def holds(self) -> None:

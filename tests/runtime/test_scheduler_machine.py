@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from shoal.runtime.errors import RequestError
 from shoal.runtime.generation import GenerationRequest, SamplingParams
-from shoal.runtime.policy import FirstCome, Priority
+from shoal.runtime.policy import FairShare, FirstCome, Priority
 from shoal.runtime.sequence import Limits
 
 from .fakes import EOS, POISON, VOCAB, Stepwise
@@ -81,7 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.sampled_from([1, 3, 6, 12, 40]),
         depth=st.integers(1, 3),
         microbatches=st.integers(1, 2),
-        policy=st.sampled_from([FirstCome(), Priority()]),
+        policy=st.one_of(st.builds(FirstCome), st.builds(Priority), st.builds(FairShare)),
         caching=st.sampled_from([True, True, True, False]),
         schedule=st.sampled_from(["ring", "ring", "gpipe"]),
     )

@@ -1,0 +1,72 @@
+"""Beside the stations: how things stand, in words for `/ready` and in numbers for `/v1/cluster`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+
+from ..runtime.errors import Unavailable
+from .backend import ReplicaState
+from .metrics import RouterMetrics
+
+
+def check_ready(replicas: Mapping[str, ReplicaState]) -> None:
+    """Returns if one can take work now.
+
+    Raises:
+        Unavailable: none can; with what keeps each.
+    """
+    if not replicas:
+        raise Unavailable("not ready: no replica is connected")
+    problems = {replica: state.problem for replica, state in replicas.items()}
+    if None in problems.values():
+        return
+    told = list(dict.fromkeys(problems.values()))
+    if len(told) == 1:
+        raise Unavailable(f"not ready: {told[0]}" + (f" (all {len(problems)} replicas)" if len(problems) > 1 else ""))
+    raise Unavailable("not ready: " + "; ".join(f"{replica}: {problem}" for replica, problem in problems.items()))
+
+
+def describe_cluster(
+    replicas: Mapping[str, ReplicaState], metrics: RouterMetrics, *, is_draining: bool
+) -> dict[str, Any]:
+    """`/v1/cluster`: every replica as it is known here, and this router."""
+    return {
+        "replicas": [_replica(replica, state) for replica, state in replicas.items()],
+        "router": {
+            "draining": is_draining,
+            "in_flight": int(_sum(metrics.in_flight)),
+            "queued": int(_sum(metrics.admission.queued)),
+            "load": _sum(metrics.admission.load),
+            "redis_available": bool(_sum(metrics.store.available)),
+            "cache": _by_label(metrics.cache.lookups, "status"),
+        },
+    }
+
+
+def _replica(replica: str, state: ReplicaState) -> dict[str, Any]:
+    stats = state.stats
+    return {
+        "id": replica,
+        "ready": state.problem is None,
+        "state": state.problem or "ready",
+        "heard_s": round(state.heard_s, 3),
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        "in_flight": state.in_flight,
+        "tokens_owed": state.tokens_owed,
+        "kv_usage": stats.kv_usage,
+        "restarts": stats.restarts,
+        "ranks": state.ranks,
+    }
+
+
+def _sum(metric: Counter | Gauge) -> float:
+    return sum(sample.value for family in metric.collect() for sample in family.samples)
+
+
+def _by_label(metric: Counter, label: str) -> dict[str, int]:
+    samples = [sample for family in metric.collect() for sample in family.samples]
+    return {sample.labels[label]: int(sample.value) for sample in samples if sample.name.endswith("_total")}
