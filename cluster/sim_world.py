@@ -70,11 +70,6 @@ class Outcome:
     hit_tokens: int = 0
     preemptions: int = 0
 
-    @property
-    def ended(self) -> int:
-        """Requests that are over, answered or refused."""
-        return len(self.e2e_s) + self.refused
-
 
 class World:
     """One simulation. `run` it once."""
@@ -110,12 +105,14 @@ class World:
         if config.kill_every is not None:
             self._at(config.kill_every, self._kill)
         report = step = max(1, config.requests // 100)
-        while outcome.ended < config.requests:
+        ended = 0
+        while ended < config.requests:
             self.now, _, event = heappop(events)
             event()
-            if outcome.ended >= report:
+            ended = len(outcome.e2e_s) + outcome.refused
+            if ended >= report:
                 report += step
-                yield outcome.ended
+                yield ended
         outcome.end_s = self.now
         for replica in self._replicas.values():
             self._settle(replica)

@@ -35,7 +35,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaLost(e.EngineDead):
-    """The replica went away with the log unfinished; the tokens it emitted stand, another one could go on."""
+    """The replica went away with the log unfinished, and nobody knows why: what it computed may have ended it.
+
+    The tokens it emitted stand, another one can go on.
+    """
 
 
 class Status(msgspec.Struct, frozen=True, array_like=True):
@@ -114,7 +117,8 @@ class Backend(Protocol):
         the generation.
 
         Raises:
-            ReplicaLost: see there. Unavailable: no replica is connected. ShoalError: as the engine raised it.
+            ReplicaLost: see there. Unavailable: no replica is connected, or the chosen one is gone or leaves.
+            ShoalError: as the engine raised it.
         """
         ...
 

@@ -98,6 +98,7 @@ class Ingress:
             cache=cache,
             config=config,
             meter=self.metrics.resume,
+            clock=clock,
         )
         self._all = [self.model]
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
@@ -112,7 +113,14 @@ class Ingress:
 
     def add(self, backend: Backend, *, name: str, balancer: Balancer | None = None) -> Model:
         """One more model, which clients may ask for, and to which requests fall where a rung of the ladder says so."""
-        model = Model(backend, names=[name], balancer=balancer, config=self.config, meter=self.metrics.resume)
+        model = Model(
+            backend,
+            names=[name],
+            balancer=balancer,
+            config=self.config,
+            meter=self.metrics.resume,
+            clock=self._clock,
+        )
         self._all.append(model)
         return model
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from ..runtime.errors import Unavailable
 from ..runtime.text import Text
@@ -29,11 +30,12 @@ class Model:
         cache: ResponseCache | None = None,
         config: RouterConfig,
         meter: ResumeMeter,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.backend = backend
         self.cache: ResponseCache = cache or NoCache()
         self.balancer: Balancer = balancer or AnyReplica()
-        self.resume = Resume(backend, self.balancer, config=config, meter=meter)
+        self.resume = Resume(backend, self.balancer, config=config, meter=meter, clock=clock)
         self._names = tuple(names)
         self._served: tuple[ModelInfo, Text] | None = None
 

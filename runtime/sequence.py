@@ -5,8 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from operator import attrgetter
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import msgspec
 
 from .blocks import BlockNames, BlockPool
 from .errors import ContextTooLong, InvalidRequest, RowFailed
@@ -241,11 +244,19 @@ def check_request(request: GenerationRequest, limits: Limits, *, cache_tokens: i
 
 def _check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:
     tokens = list(tokens)
-    if not tokens:
+    try:
+        msgspec.convert(tokens, _ids(vocab_size))  # all in one pass; what follows finds the words
         return
+    except msgspec.ValidationError:
+        pass
     if set(map(type, tokens)) != {int}:
         raise InvalidRequest(f"{name} holds something that is not an integer", param=name)
     low, high = min(tokens), max(tokens)
     if low < 0 or high >= vocab_size:
         value = low if low < 0 else high
         raise InvalidRequest(f"{name} holds token id {value}; the vocabulary is 0 to {vocab_size - 1}", param=name)
+
+
+@cache
+def _ids(vocab_size: int) -> Any:
+    return list[Annotated[int, msgspec.Meta(ge=0, le=vocab_size - 1)]]

@@ -14,7 +14,7 @@ from shoal.cluster.preflight import read_chat_template
 from shoal.runtime.config import EngineConfig
 from shoal.runtime.errors import ConfigError
 
-COMMANDS = ["serve", "demo", "generate", "chat", "doctor", "bench", "version"]
+COMMANDS = ["serve", "demo", "generate", "chat", "doctor", "bench", "simulate", "version"]
 HEAVY = ["torch", "transformers", "tokenizers", "ray", "fastapi", "numpy", "llguidance", "rich"]
 
 

@@ -167,7 +167,9 @@ class Server:
 
     def __init__(self, config: RouterConfig | None = None, backend: Any = None, *, loaded: bool = True) -> None:
         self.backend = backend or FakeBackend()
-        self.ingress = Ingress(self.backend, config or RouterConfig(served_model_name=(MODEL, "alias")))
+        self.ingress = Ingress(
+            self.backend, config or RouterConfig(served_model_name=(MODEL, "alias"), resume_attempts=0)
+        )
         if loaded:
             self.open()
         app = create_app(self.ingress)

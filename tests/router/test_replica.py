@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from itertools import count
 from typing import Any
 
@@ -102,7 +102,8 @@ def token(start: int, *, end: FinishReason | None = None, error: str | None = No
 
 
 async def collect(backend: LineBackend, asked: GenerationRequest) -> list[TokenEvent]:
-    resume = Resume(backend, AnyReplica(), config=RouterConfig(), meter=ResumeMeter(CollectorRegistry()))
+    config = RouterConfig(resume_attempts=0)
+    resume = Resume(backend, AnyReplica(), config=config, meter=ResumeMeter(CollectorRegistry()))
     return [event async for batch in resume.follow(asked) for event in batch]
 
 
@@ -170,10 +171,23 @@ def test_a_bad_grammar_never_reaches_the_engine() -> None:
 
 def test_an_engine_that_dies_is_not_the_log_s_fault() -> None:
     engine = FakeEngine()
-    engine.healthy = False
-    engine.batches = [[token(0), token(1, end=FinishReason.ERROR, error="a rank died")]]
+
+    def die() -> Iterator[list[TokenEvent]]:
+        yield [token(0)]
+        engine.healthy = False
+        yield [token(1), token(2, end=FinishReason.ERROR, error="a rank died")]
+
+    engine.batches = die()
     with pytest.raises(e.EngineDead, match="a rank died"):
         run(engine)
+
+
+def test_an_engine_that_was_dead_before_takes_no_log() -> None:
+    engine = FakeEngine()
+    engine.healthy = False
+    with pytest.raises(e.Unavailable, match="takes no more"):
+        run(engine)
+    assert engine.constraints == []
 
 
 def test_a_row_that_fails_alone_is_an_event() -> None:
