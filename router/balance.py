@@ -18,7 +18,7 @@ BalancerName = Literal["prefix", "p2c", "round-robin", "least-loaded"]
 GENERATION_COST = 32  # a live generation: it takes a row of each step, beside the newcomer's prompt and its answer
 SHORTAGE_COST = 4  # a token without room in the KV cache: it waits for answers to end, which come slower than prompts
 
-DRAWN = 2  # replicas looked at of those with equally much of the prefix: three are no better once what is known is old
+NOISE = 2  # prompts like the newcomer's that may have come to a replica, or gone from it, since it was heard of last
 
 
 class Balancer(Protocol):
@@ -74,8 +74,9 @@ class PowerOfTwo:
         self._rng = rng
 
     def choose(self, request: GenerationRequest, *, lost: frozenset[str]) -> str | None:
-        owed = {replica: state.tokens_owed for replica, state in _ready(self._replicas, lost).items()}
-        return _of_two(owed, self._rng)
+        ready = _ready(self._replicas, lost)
+        drawn = self._rng.sample(list(ready), min(2, len(ready)))
+        return min(drawn, key=lambda replica: ready[replica].tokens_owed, default=None)
 
 
 class PrefixAffinity:
@@ -83,7 +84,8 @@ class PrefixAffinity:
 
     A replica that has the prefix keeps its traffic until its load makes one that has not the cheaper; what was just
     sent counts as load at once, so that many with one prefix spread at once. Replicas with equally much of the prefix
-    differ by their load alone: of them two are drawn, as `PowerOfTwo` does, and the cheapest of all drawn is chosen.
+    differ by their load alone. There news is old by the time it is known, and whoever follows every difference makes
+    all ingresses follow it: so they take turns, as `RoundRobin` does, unless another one drawn has clearly less to do.
     """
 
     def __init__(
@@ -93,14 +95,15 @@ class PrefixAffinity:
         self._index = index
         self._rng = rng
         self._on_choice = on_choice
+        self._turn = rng.randrange(2**16)  # several ingresses do not take turns together
 
     def choose(self, request: GenerationRequest, *, lost: frozenset[str]) -> str | None:
         ready = _ready(self._replicas, lost)
         num_tokens = len(request.prompt) + len(request.tokens)
+        self._turn += 1
         drawn = [
-            (replica, spared)
+            (self._drawn(equals, ready, num_tokens - spared), spared)
             for spared, equals in self._by_spared(request, ready).items()
-            for replica in self._rng.sample(equals, min(DRAWN, len(equals)))
         ]
         if not drawn:
             return None
@@ -108,12 +111,24 @@ class PrefixAffinity:
         self._on_choice(num_tokens, spared)
         return replica
 
+    def _drawn(self, equals: list[str], ready: Mapping[str, ReplicaState], uncached: int) -> str:
+        """Of replicas that differ by their load alone: whose turn it is, unless one drawn has clearly less to do."""
+        in_turn = equals[self._turn % len(equals)]
+        if len(equals) == 1:
+            return in_turn
+        other = equals[(self._turn + self._rng.randrange(1, len(equals))) % len(equals)]
+        clearly = cost(ready[in_turn], 0) - NOISE * uncached
+        return other if cost(ready[other], 0) < clearly else in_turn
+
     def _by_spared(self, request: GenerationRequest, ready: Mapping[str, ReplicaState]) -> dict[int, list[str]]:
         """Tokens of the log that a cache spares -> the ready replicas where it does."""
         blocks = self._index.match(request)
         found: dict[int, list[str]] = {}
-        for replica in ready:
-            found.setdefault(blocks.get(replica, 0) * self._index.block_size, []).append(replica)
+        for replica, num in blocks.items():
+            if replica in ready:
+                found.setdefault(num * self._index.block_size, []).append(replica)
+        if cold := [replica for replica in ready if replica not in blocks]:
+            found[0] = cold
         return found
 
 
@@ -143,11 +158,3 @@ def cost(state: ReplicaState, uncached: int) -> float:
 
 def _ready(replicas: Replicas, lost: frozenset[str]) -> dict[str, ReplicaState]:
     return {replica: state for replica, state in replicas().items() if state.problem is None and replica not in lost}
-
-
-def _of_two(loads: Mapping[str, float], rng: random.Random) -> str | None:
-    """Of two drawn at random the lesser; None of none."""
-    if len(loads) < 2:
-        return next(iter(loads), None)
-    one, other = rng.sample(list(loads), 2)
-    return one if loads[one] < loads[other] else other

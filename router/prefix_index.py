@@ -124,8 +124,8 @@ class PrefixIndex:
         names, masks = self.names(request), self._masks
         found: dict[str, int] = {}
         alive, depth = 0, 0
-        for depth in range(self._num_shareable(request)):
-            mask = masks.get(names[depth][:SHORT], 0)
+        for depth, name in enumerate(names.first(self._num_shareable(request))):
+            mask = masks.get(name[:SHORT], 0)
             if depth:
                 mask &= alive
                 if mask != alive:
@@ -147,7 +147,7 @@ class PrefixIndex:
         if replica not in self._bits:
             return 0, Promise(self, replica, [])
         bit, masks, names = self._bits[replica], self._masks, self.names(request)
-        row = [names[depth][:SHORT] for depth in range(self._num_shareable(request))]
+        row = [name[:SHORT] for name in names.first(self._num_shareable(request))]
         fresh = [name for name in row if not masks.get(name, 0) & bit]
         for name in fresh:
             masks[name] = masks.get(name, 0) | bit

@@ -20,7 +20,7 @@ import hashlib
 import hmac
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -82,9 +82,12 @@ class BlockNames:
             last = sha256(last + content[at : at + 4 * size]).digest()
             digests.append(last)
 
-    def first(self, count: int) -> Iterable[Digest]:
-        """The names of the first `count` blocks, made one by one."""
-        return (self[index] for index in range(count))
+    def first(self, count: int) -> Iterator[Digest]:
+        """The names of the first `count` blocks, made as they are asked for."""
+        known = self._digests[:count]
+        yield from known
+        for index in range(len(known), count):
+            yield self[index]
 
 
 class BlockPool:
