@@ -169,7 +169,9 @@ class IngressActor:
         )
         self._serving = asyncio.create_task(_serve_metrics(self.router, config))
 
-        async def open_when_loaded(model: Model, of: ShoalConfig, tokenizer: Tokenizer | None) -> None:
+        async def open_when_loaded(
+            model: Model, of: ShoalConfig, tokenizer: Tokenizer | None, chat_template: str | None
+        ) -> None:
             from ..router.log_cache import LogCache
             from ..runtime.text import Text
 
@@ -178,12 +180,12 @@ class IngressActor:
             cache = LogCache(store, model=info.digest, secret=secret_of(of), config=of.router, meter=metrics.cache)
             model.open(info, text, cache=cache)
 
-        opening = [open_when_loaded(self.router.model, config, tokenizer)]
+        opening = [open_when_loaded(self.router.model, config, tokenizer, chat_template)]
         small = smaller(config)
         if small is not None:
             backend, balancer = self._reach(replicas[SMALLER], small, secret=secret, metrics=metrics)
             model = self.router.add(backend, name=small.router.served_model_name[0], balancer=balancer)
-            opening.append(open_when_loaded(model, small, await asyncio.to_thread(_load_tokenizer, small)))
+            opening.append(open_when_loaded(model, small, await asyncio.to_thread(_load_tokenizer, small), None))
         self._opening = [asyncio.create_task(each) for each in opening]
 
     def _reach(

@@ -45,6 +45,7 @@ class ServerConfig(BaseModel):
     )
     redis_url: str = Field(
         EMBEDDED,
+        repr=False,
         description="For cached, shared and continued answers: embedded (a Redis of our own on this machine), none, or "
         "redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://.",
     )
@@ -132,6 +133,8 @@ def check_supported(config: ShoalConfig) -> None:
             )
     if known and known[0] in config.router.served_model_name:
         raise ConfigError(f"--smaller-model {server.smaller_model} would be served as {known[0]!r}, as the main one is")
+    if server.metrics_port is not None and server.metrics_port == server.port:
+        raise ConfigError(f"--metrics-port {server.metrics_port} is --port, too: /metrics alone takes another one")
     if server.redis_url not in (EMBEDDED, NO_REDIS):
         parse_redis_url(server.redis_url)
     for value, limit, sentence in (

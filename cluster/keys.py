@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..router.config import TenantConfig
+from ..router.config import TenantConfig, check_key
 from ..runtime.errors import ConfigError, Unavailable
 from .secret import cluster_secret, default_file
 
@@ -58,13 +58,17 @@ def put_key(url: str, key: str, tenant: TenantConfig, *, secret: bytes, days: fl
     """Store whose the key is, for so many days. Raises ConfigError, Unavailable."""
     from ..router.tenants import Seals, name_of, record_of
 
+    try:
+        check_key(key)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     seals = Seals(secret)
     name = name_of(key, seals)
     asyncio.run(_set(url, name, seals.seal(name, record_of(tenant)), days * _DAY_S))
 
 
 def delete_key(url: str, key: str, *, secret: bytes) -> None:
-    """The key is nobody's any more, within half a minute. Raises ConfigError, Unavailable."""
+    """The key is nobody's any more, within half a minute. Raises ConfigError (there is no such key), Unavailable."""
     from ..router.tenants import Seals, name_of
 
     asyncio.run(_set(url, name_of(key, Seals(secret)), None, 0))
@@ -79,10 +83,12 @@ async def _set(url: str, name: bytes, value: bytes | None, ttl_s: float) -> None
     address = parse_redis_url(url)
     store = RedisStore(address, RouterMetrics().store, timeout_s=_TIMEOUT_S)
     try:
-        if value is None:
-            await store.delete(name)
-        else:
+        if value is not None:
             await store.set(name, value, ttl_s=ttl_s)
+        elif await store.get(name) is None:
+            raise ConfigError(f"{address} has no such key under this cluster's secret: nothing was deleted")
+        else:
+            await store.delete(name)
     except StoreDown as failure:
         raise Unavailable(f"{address}: {failure}") from None
     finally:

@@ -20,7 +20,8 @@ class ServePeers:
         self._is_alone = config.ingresses == 1
 
     async def __call__(self, telling: bytes) -> list[bytes]:
-        """What those tell that answer in time; this process is asked with them."""
+        """What they tell; this process is asked with them. Serve waits for all of them or none: where one hangs nothing
+        is heard, and what they told last goes on to count."""
         if self._is_alone:
             return []
         try:

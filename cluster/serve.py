@@ -124,17 +124,30 @@ def start_ray(config: ShoalConfig, run_dir: Path) -> None:
 
     from .ray_launcher import cpus_needed
 
-    num_replicas = config.server.replicas + (config.server.smaller_model is not None)
     ray.init(
         address="local",
         # Cores are shared out by threads: what actors ask for must never be what keeps them waiting.
-        num_cpus=max(os.cpu_count() or 1, cpus_needed(num_replicas, config.engine.grid)),
+        num_cpus=max(os.cpu_count() or 1, cpus_needed(num_replicas(config), config.engine.grid)),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         configure_logging=False,
         log_to_driver=False,
         namespace=APP,
     )
+
+
+def num_replicas(config: ShoalConfig) -> int:
+    """Of all models."""
+    return config.server.replicas + (config.server.smaller_model is not None)
+
+
+def share_cores(config: ShoalConfig) -> ShoalConfig:
+    """The config with the threads of a rank where it does not say: all replicas are on this one machine."""
+    engine = config.engine
+    if engine.device != "cpu" or engine.num_threads is not None:
+        return config
+    threads = max(1, (os.cpu_count() or 1) // (num_replicas(config) * engine.grid.size))
+    return config.model_copy(update={"engine": engine.model_copy(update={"num_threads": threads})})
 
 
 def deploy(config: ShoalConfig, *, port: int, chat_template: str | None, board: Board, progress: Progress) -> str:
@@ -147,7 +160,7 @@ def deploy(config: ShoalConfig, *, port: int, chat_template: str | None, board: 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve sets it to INFO when it is imported
     progress.phase("starting Ray Serve")
     serve.start(http_options={"host": config.server.host, "port": port}, proxy_location="HeadOnly")
-    config = on_device(config, num_gpus=ray.cluster_resources().get("GPU", 0.0))
+    config = share_cores(on_device(config, num_gpus=ray.cluster_resources().get("GPU", 0.0)))
     app = build_app(config, board=board.file, chat_template=chat_template)
     progress.phase("starting the replica")
     with board.follow(progress):

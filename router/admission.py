@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable
 
 from ..runtime.errors import QueueFull, RequestTimeout, ShoalError, Unavailable
+from .body import ClientGone
 from .config import RouterConfig
 from .fair_queue import Entry, FairQueue
 from .ladder import Degradation, Ladder
@@ -19,12 +20,13 @@ from .meters import AdmissionMeter
 from .rates import Charge, RateLimited, Rates
 from .tenant import Tenant
 
-_SHED_RETRY_S = 5.0
+_MAX_STORED_NAMES = 256  # in metrics: of tenants that the config does not know
 _OUTCOMES = (
     (RateLimited, "rate_limited"),
     (QueueFull, "queue_full"),
     (RequestTimeout, "expired"),
     (Unavailable, "unavailable"),
+    (ClientGone, "client_gone"),
 )
 
 
@@ -45,7 +47,9 @@ class Grant:
     def close(self, error: Exception | None = None) -> None:
         """The request has ended, with `error`: the rates get back what it did not use. Twice is once."""
         if self._admission is not None:
-            self._admission._settle(self._charge, used=self._used, served=error is None or self._used > 0)
+            # Never above the charge: what the limits have no room for any more could not be taken at all.
+            used = min(self._used, self._charge.tokens)
+            self._admission._settle(self._charge, used=used, served=error is None or used > 0)
             self._admission._count(self._tenant, error)
             self._admission = None
 
@@ -88,6 +92,8 @@ class Admission:
         self._ladder = Ladder(config.ladder)
         self._waiting: dict[Entry, asyncio.Future[None]] = {}
         self._settling: set[asyncio.Task[None]] = set()
+        self._names = {tenant.name for tenant in config.tenants}  # that metrics show
+        self._max_names = len(self._names) + len(config.api_keys) + _MAX_STORED_NAMES
         meter.load.set_function(lambda: self._queue.load)
 
     @property
@@ -108,7 +114,7 @@ class Admission:
                 raise Unavailable(
                     f"{self._queue.load:.2f} times the generations that can run are here; requests like this one are "
                     "shed (ladder)",
-                    retry_after=_SHED_RETRY_S,
+                    retry_after=self._queue.time_to(self._ladder.shed_until),
                 )
         except ShoalError as refusal:
             self._count(tenant, refusal)
@@ -153,7 +159,7 @@ class Admission:
         entry = Entry(tenant, weight=weight, priority=priority, prompt_tokens=prompt_tokens)
         waited_s = await self._take_place(entry, timeout_s)
         self._meter.wait.observe(waited_s)
-        self._meter.tokens.labels(tenant.name, "prompt").inc(prompt_tokens)
+        self._meter.tokens.labels(self._label(tenant), "prompt").inc(prompt_tokens)
         return Place(self, entry, waited_s=waited_s)
 
     def degraded(self, rung: str) -> None:
@@ -173,6 +179,14 @@ class Admission:
         while self._settling:
             await asyncio.wait(self._settling)
 
+    def _label(self, tenant: Tenant) -> str:
+        """Its name in metrics. A store may hold any number of tenants: all beyond the first ones are `other`."""
+        if tenant.name not in self._names:
+            if len(self._names) >= self._max_names:
+                return "other"
+            self._names.add(tenant.name)
+        return tenant.name
+
     def _check_draining(self) -> None:
         if self.draining:
             raise _draining()
@@ -188,7 +202,7 @@ class Admission:
         if entry.in_flight:
             return 0.0
         future = self._waiting[entry] = asyncio.get_running_loop().create_future()
-        queued = self._meter.queued.labels(entry.tenant.name)
+        queued = self._meter.queued.labels(self._label(entry.tenant))
         queued.inc(entry.weight)
         try:
             async with asyncio.timeout(patience):
@@ -232,7 +246,7 @@ class Admission:
 
     def _leave(self, entry: Entry, *, output: int) -> None:
         self._let_in(self._queue.leave(entry))
-        self._meter.tokens.labels(entry.tenant.name, "output").inc(output)
+        self._meter.tokens.labels(self._label(entry.tenant), "output").inc(output)
 
     def _settle(self, charge: Charge, *, used: int, served: bool) -> None:
         if charge.limits:
@@ -244,7 +258,7 @@ class Admission:
         outcome = (
             "served" if error is None else next((word for kind, word in _OUTCOMES if isinstance(error, kind)), "failed")
         )
-        self._meter.requests.labels(tenant.name, outcome).inc()
+        self._meter.requests.labels(self._label(tenant), outcome).inc()
 
 
 def _draining() -> Unavailable:

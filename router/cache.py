@@ -8,6 +8,7 @@ from typing import Protocol
 
 import msgspec
 
+from ..runtime.errors import CacheMiss, LogLost
 from ..runtime.generation import GenerationRequest, TokenEvent
 
 Events = AsyncIterator[list[TokenEvent]]
@@ -59,6 +60,10 @@ class Reading(Protocol):
 
     def __aiter__(self) -> AsyncIterator[list[TokenEvent]]: ...
 
+    async def settled(self) -> None:
+        """Until `status` and `age_s` are known, or never will be."""
+        ...
+
     async def __anext__(self) -> list[TokenEvent]:
         """All events that are there, at least one.
 
@@ -107,6 +112,9 @@ class Led:
     async def __anext__(self) -> list[TokenEvent]:
         return await anext(self._events)
 
+    async def settled(self) -> None:
+        return
+
     def stopped(self, length: int, stop: str) -> None:
         return
 
@@ -114,11 +122,46 @@ class Led:
         await self._events.aclose()  # type: ignore[attr-defined]  # every `lead` is an async generator
 
 
+class Refused:
+    """A reading that ends before it begins."""
+
+    status = CacheStatus.MISS
+    age_s = 0.0
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __aiter__(self) -> Refused:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        raise self._error
+
+    async def settled(self) -> None:
+        return
+
+    def stopped(self, length: int, stop: str) -> None:
+        return
+
+    async def aclose(self) -> None:
+        return
+
+
+def uncached(request: GenerationRequest, lead: Lead, caching: Caching) -> Reading:
+    """What is not looked up is made anew, unless it is asked for as it was."""
+    if caching.mode is CacheMode.ONLY:
+        return Refused(CacheMiss("no cached answer: one to this request is not cached at all (cache_mode)"))
+    if caching.resumes and not caching.is_reproducible:
+        lost = "the log that was to be continued was not kept; send Idempotency-Key with the first request"
+        return Refused(LogLost(lost, param="last-event-id"))
+    return Led(lead(request))
+
+
 class NoCache:
     """The null cache: every log is made anew."""
 
     def open(self, request: GenerationRequest, lead: Lead, caching: Caching) -> Reading:
-        return Led(lead(request))
+        return uncached(request, lead, caching)
 
     async def close(self) -> None:
         return

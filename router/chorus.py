@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import msgspec
 from prometheus_client.core import Metric
@@ -48,8 +49,7 @@ class Chorus(Collector):
     def __init__(self, own: Collector, *, ingress: str = "", now: Callable[[], float] = time.time) -> None:
         self._own = own
         self._ingress = ingress
-        self._forgotten = _Sums()
-        self._words: LastWords[list[Family]] = LastWords(keep=_MAX_DEPARTED, forget=self._forgotten.add, now=now)
+        self._words: LastWords[list[Family]] = LastWords(keep=_MAX_DEPARTED, add=_added, now=now)
         self._present = {ingress}
 
     def tell(self) -> Words:
@@ -75,36 +75,27 @@ class Chorus(Collector):
                     metric = merged.setdefault(family.name, Metric(family.name, family.text, family.kind))
                     for series in family.series:
                         metric.add_sample(series.name, series.labels | label, series.value)
-        departed = self._forgotten.copy()
-        for families in self._words.departed():
-            departed.add(families)
-        departed.write(merged)
+        for family in _added(*self._words.departed()):
+            metric = merged.setdefault(family.name, Metric(family.name, family.text, family.kind))
+            for series in family.series:
+                metric.add_sample(series.name, series.labels | {"ingress": DEPARTED}, series.value)
         yield from merged.values()
 
 
-class _Sums:
+def _added(*tellings: list[Family]) -> list[Family]:
     """Totals of many ingresses, added up."""
-
-    def __init__(self) -> None:
-        self._kinds: dict[str, tuple[str, str]] = {}  # family -> text, kind
-        self._values: dict[tuple[str, str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
-
-    def copy(self) -> _Sums:
-        copy = _Sums()
-        copy._kinds, copy._values = self._kinds.copy(), self._values.copy()
-        return copy
-
-    def add(self, families: Iterable[Family]) -> None:
-        for family in families:
-            if family.kind in _TOTALS:
-                self._kinds[family.name] = family.text, family.kind
-                for series in family.series:
-                    self._values[family.name, series.name, tuple(series.labels.items())] += series.value
-
-    def write(self, metrics: dict[str, Metric]) -> None:
-        for (name, series, labels), value in self._values.items():
-            metric = metrics.setdefault(name, Metric(name, *self._kinds[name]))
-            metric.add_sample(series, dict(labels) | {"ingress": DEPARTED}, value)
+    families: dict[str, Family] = {}
+    values: dict[str, defaultdict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for family in chain(*tellings):
+        if family.kind in _TOTALS:
+            families[family.name] = family
+            sums = values.setdefault(family.name, defaultdict(float))
+            for series in family.series:
+                sums[series.name, tuple(series.labels.items())] += series.value
+    return [
+        Family(name, family.kind, family.text, [Series(s, dict(labels), v) for (s, labels), v in values[name].items()])
+        for name, family in families.items()
+    ]
 
 
 def _family(metric: Metric) -> Family:

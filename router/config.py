@@ -11,8 +11,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from ..runtime.generation import MAX_N
 
+_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-def _check_key(key: str) -> str:
+
+def check_key(key: str) -> str:
     """What a header can carry. Nobody could send an empty one: it comes of a variable that is not set."""
     if not re.fullmatch("[!-~]+", key):
         raise ValueError("an API key is not empty and has neither spaces nor characters beyond ASCII")
@@ -28,7 +30,7 @@ def _check_name(name: str) -> str:
 class TenantConfig(BaseModel):
     """One owner of keys. `shoal keys new` makes a key and the digest to write down here."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _STRICT
 
     name: Annotated[str, AfterValidator(_check_name)] = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="In metrics and logs."
@@ -49,7 +51,7 @@ class TenantConfig(BaseModel):
 class Rung(BaseModel):
     """One rung of the ladder that is climbed as load grows. Each holds from its load on, all below it too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _STRICT
 
     load: float = Field(gt=0, description="Generations in flight or waiting, as a share of max_in_flight.")
     max_tokens: int | None = Field(None, ge=1, description="Answers are cut to so many tokens.")
@@ -69,19 +71,22 @@ class Rung(BaseModel):
 class RouterConfig(BaseModel):
     """One ingress. What is over a limit is a 4xx that names the value, the limit and the field below."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _STRICT
 
     served_model_name: tuple[str, ...] = Field(
         (), description="Names clients may ask for, the first one is listed first; default: the model's own name."
     )
-    api_keys: tuple[Annotated[str, AfterValidator(_check_key)], ...] = Field(
+    api_keys: tuple[Annotated[str, AfterValidator(check_key)], ...] = Field(
         (), repr=False, description="Keys that open the API; without one no key is asked for."
     )
     chat_template: Path | None = Field(
         None, description="A file with a Jinja template for conversations; default: the model's own."
     )
     secret: str | None = Field(
-        None, repr=False, description="Makes the salts of tenants; default: drawn at start, one for each process."
+        None,
+        min_length=32,
+        repr=False,
+        description="Makes the salts of tenants; default: drawn at start, one for each process.",
     )
     max_in_flight: int = Field(1024, ge=1, description="Generations admitted and unfinished; more are refused (429).")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, le=2**28, description="Longest request body; over it: 413.")

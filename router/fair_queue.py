@@ -106,6 +106,10 @@ class FairQueue:
         """Seconds until there is room for so many generations at the queue's end, about."""
         return self._pace.retry_after(self.in_flight + self.waiting + weight - self._max_in_flight - self._max_waiting)
 
+    def time_to(self, load: float) -> float:
+        """Seconds until the load has fallen to this one if nobody comes, about."""
+        return self._pace.retry_after(self.in_flight + self.waiting - load * self._max_in_flight)
+
     @property
     def load(self) -> float:
         """Generations in flight or waiting, as a share of the places."""

@@ -39,6 +39,7 @@ class Flight:
         self._on_end = on_end
         self._pieces: list[Piece] = []
         self._unfinished = len(choices)
+        self._unsettled = len(choices)  # not known yet where they come from
         self._waiter: asyncio.Future[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._deadline: asyncio.TimerHandle | None = None
@@ -96,7 +97,7 @@ class Flight:
         return self
 
     async def __anext__(self) -> list[Piece]:
-        while not self._pieces:
+        while not self._pieces or (self._unsettled and self.error is None):
             if self.error is not None:
                 raise self.error
             if not self._unfinished:
@@ -107,10 +108,13 @@ class Flight:
         return pieces
 
     async def _fly(self, choice: Choice) -> None:
-        reading = self._read(choice)
-        self._readings.append(reading)
         try:
+            reading = self._read(choice)
+            self._readings.append(reading)
             async with aclosing(reading):
+                await reading.settled()
+                self._unsettled -= 1
+                self._wake()
                 async for batch in reading:
                     for event in batch:
                         self._land(choice, event)
@@ -118,8 +122,6 @@ class Flight:
                             if choice.stopped_by is not None:
                                 reading.stopped(choice.num_tokens, choice.stopped_by)
                             return
-        except ShoalError as error:
-            self.fail(error)
         except Exception as error:  # noqa: BLE001 - a bug in one request ends this request; http.py logs it
             self.fail(error)
 

@@ -7,26 +7,8 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge
 
-from ..runtime.errors import Unavailable
 from .backend import ReplicaState
 from .metrics import RouterMetrics
-
-
-def check_ready(replicas: Mapping[str, ReplicaState]) -> None:
-    """Returns if one can take work now.
-
-    Raises:
-        Unavailable: none can; with what keeps each.
-    """
-    if not replicas:
-        raise Unavailable("not ready: no replica is connected")
-    problems = {replica: state.problem for replica, state in replicas.items()}
-    if None in problems.values():
-        return
-    told = list(dict.fromkeys(problems.values()))
-    if len(told) == 1:
-        raise Unavailable(f"not ready: {told[0]}" + (f" (all {len(problems)} replicas)" if len(problems) > 1 else ""))
-    raise Unavailable("not ready: " + "; ".join(f"{replica}: {problem}" for replica, problem in problems.items()))
 
 
 def describe_cluster(

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from .cache import CacheMode, CacheStatus, Caching, Reading, ResponseCache
 from .config import RouterConfig
 from .flight import Flight
 from .headers import CACHE, CACHE_AGE, DEGRADED, IDEMPOTENCY_KEY, LAST_EVENT_ID, Asks
-from .ladder import Degradation
+from .ladder import NOTHING, Degradation
 from .metrics import Peers, RouterMetrics, nobody
 from .model import Model
 from .prepare import Job, Preparer
@@ -63,6 +63,26 @@ class Launch(NamedTuple):
         if degraded := self.asked.job.degraded:
             headers[DEGRADED] = ", ".join(f"{what}={limit}" for what, limit in degraded.items())
         return headers
+
+
+class Bill:
+    """A grant while anything runs on it: the flight, and what it leads, which may go on for others when it is over."""
+
+    def __init__(self, grant: Grant) -> None:
+        self.grant = grant
+        self._error: Exception | None = None
+        self._num_open = 1
+
+    def open(self) -> None:
+        """One more runs on it."""
+        self._num_open += 1
+
+    def close(self, error: Exception | None = None) -> None:
+        """One has ended; `error`: the flight's."""
+        self._error = self._error or error
+        self._num_open -= 1
+        if not self._num_open:
+            self.grant.close(self._error)
 
 
 class Ingress:
@@ -147,7 +167,7 @@ class Ingress:
 
     async def chat(self, body: ChatRequest, tenant: Tenant, asks: Asks) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
-        model, given_up = self._choose(body, tenant)
+        model, given_up = self._choose(body, tenant, asks)
         prepare = Preparer(model.text, model.info, self.config, given_up=given_up, timeout_s=asks.timeout_s)
         job = await prepare.chat(body, id=uuid.uuid4().hex, tenant=self._as_asked(body, tenant))
         id = f"chatcmpl-{self._answer_id(tenant, asks)}"
@@ -156,7 +176,7 @@ class Ingress:
 
     async def completion(self, body: CompletionRequest, tenant: Tenant, asks: Asks) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
-        model, given_up = self._choose(body, tenant)
+        model, given_up = self._choose(body, tenant, asks)
         prepare = Preparer(model.text, model.info, self.config, given_up=given_up, timeout_s=asks.timeout_s)
         job = await prepare.completion(body, id=uuid.uuid4().hex, tenant=self._as_asked(body, tenant))
         id = f"cmpl-{self._answer_id(tenant, asks)}"
@@ -168,13 +188,17 @@ class Ingress:
         model = self.model_of(body.model)
         return Preparer(model.text, model.info, self.config)
 
-    def _choose(self, body: SamplingBody, tenant: Tenant) -> tuple[Model, Degradation]:
+    def _choose(self, body: SamplingBody, tenant: Tenant, asks: Asks) -> tuple[Model, Degradation]:
         """The model that answers, which under load may be a smaller one, and what else is given up.
+
+        Nothing of what is, or may be, sent again: then it must be the same log, whatever the load is by then.
 
         Raises:
             NotFound: the body asks for a model that we do not serve. Unavailable: see `Admission.check`.
         """
         given_up = self.admission.check(tenant)
+        if asks.idempotency_key is not None or asks.received is not None:
+            given_up = NOTHING
         model = self.model_of(body.model)
         if model is self.model:
             for smaller in self.models[1:]:
@@ -219,13 +243,14 @@ class Ingress:
             flight.fail(Unavailable("the server is shutting down before the answer's end", retry_after=1.0))
         for model in self._all:
             await model.cache.close()
+        await self.admission.close()
 
     async def _launch(self, asked: Asked, *, received: Sequence[int]) -> Launch:
         began = self._clock()
         job, model = asked.job, asked.model
         outputs = [model.text.output(request.params) for request in job.requests]
-        grant = await self.admission.grant(asked.tenant, tokens=job.most_tokens())
-        # Nothing below may fail: the flight closes the grant.
+        bill = Bill(await self.admission.grant(asked.tenant, tokens=job.most_tokens()))
+        # Nothing below may fail: the flight closes the bill.
         for rung in job.degraded:
             self.admission.degraded(rung)
         choices = [
@@ -237,51 +262,48 @@ class Ingress:
             self.metrics.landed(choice, event, began)
 
         def ended() -> None:
-            grant.close(flight.error)
+            bill.close(flight.error)
             self._flights.discard(flight)
             self.metrics.e2e.observe(self._clock() - began)
 
         def read(choice: Choice) -> Reading:
-            lead = partial(self._lead, asked=asked, grant=grant, began=began, told=choice.attempts.append)
+            lead = partial(self._lead, asked=asked, bill=bill, told=choice.attempts.append)
             return model.cache.open(choice.request, lead, _of_choice(asked.caching, choice.index))
 
         flight = Flight(choices, read, on_event=landed, on_end=ended)
         self._flights.add(flight)
         flight.start()
-        return Launch(asked=asked, flight=flight, limits=grant.headers)
+        return Launch(asked=asked, flight=flight, limits=bill.grant.headers)
 
     async def _lead(
         self,
         request: GenerationRequest,
         *,
         asked: Asked,
-        grant: Grant,
-        began: float,
+        bill: Bill,
         told: Callable[[str | None], None],
     ) -> AsyncIterator[list[TokenEvent]]:
-        """Make the log, or go on with it, once there is a place. The deadline counts from when the request came."""
-        place = await self.admission.place(
-            asked.tenant,
-            priority=request.priority,
-            prompt_tokens=len(request.prompt),
-            timeout_s=self._left(request, began),
-        )
-        grant.use(len(request.prompt))
-        try:
-            request = msgspec.structs.replace(request, timeout_s=self._left(request, began))
+        """Make the log, or go on with it, once there is a place: in the time that the request has from now."""
+        assert request.timeout_s is not None, "every request is prepared with one"
+        deadline = self._clock() + request.timeout_s
+        with ExitStack() as stack:
+            bill.open()
+            stack.callback(bill.close)
+            place = await self.admission.place(
+                asked.tenant,
+                priority=request.priority,
+                prompt_tokens=len(request.prompt),
+                timeout_s=request.timeout_s,
+            )
+            stack.callback(place.close)
+            bill.grant.use(len(request.prompt))
+            request = msgspec.structs.replace(request, timeout_s=max(0.001, deadline - self._clock()))
             async with aclosing(asked.model.resume.follow(request, on_attempt=told)) as batches:
                 async for batch in batches:
                     num_tokens = sum(len(event.tokens) for event in batch)
                     place.charge(num_tokens)
-                    grant.use(num_tokens)
+                    bill.grant.use(num_tokens)
                     yield batch
-        finally:
-            place.close()
-
-    def _left(self, request: GenerationRequest, began: float) -> float:
-        """Seconds to the request's deadline."""
-        assert request.timeout_s is not None, "every request is prepared with one"
-        return max(0.001, request.timeout_s - (self._clock() - began))
 
     def _answer_id(self, tenant: Tenant, asks: Asks) -> str:
         """The same whenever the request is sent again under its key."""
@@ -292,23 +314,26 @@ class Ingress:
     def _caching(self, body: SamplingBody, tenant: Tenant, asks: Asks) -> Caching:
         """What `body` may be answered from. What is neither looked up nor stored can be continued all the same."""
         mode = asks.cache or CacheMode.AUTO
-        if self.config.cache_mode == "off":
+        if self.config.cache_mode == "off" and mode is not CacheMode.ONLY:
             mode = CacheMode.BYPASS
         is_reproducible = body.temperature == 0 or body.seed is not None or self.config.cache_mode == "all"
         idempotency = None
         if asks.idempotency_key is not None:
             idempotency = (asks.idempotency_key, 0)
-            if mode is CacheMode.BYPASS:
-                mode, is_reproducible = CacheMode.AUTO, False
+            is_reproducible = is_reproducible and mode is not CacheMode.BYPASS
+            if not is_reproducible and mode is not CacheMode.ONLY:
+                mode = CacheMode.AUTO  # a second log under this name would not go on where the first one was left
         if asks.received is not None and idempotency is None and not is_reproducible:
             raise InvalidRequest(
                 f"{LAST_EVENT_ID} needs the {IDEMPOTENCY_KEY} under which the request was first sent: an answer that "
                 "was sampled without a seed cannot be made again",
                 param=LAST_EVENT_ID,
             )
+        # Keys are the tenant's own, also where it shares: another one may have hit on the same.
+        is_shared = tenant.shares_cache and body.cache_salt is None and (is_reproducible or idempotency is None)
         return Caching(
             mode=mode,
-            scope=SHARED_SCOPE if tenant.shares_cache and body.cache_salt is None else self._salt(body, tenant),
+            scope=SHARED_SCOPE if is_shared else self._salt(body, tenant),
             is_reproducible=is_reproducible,
             idempotency=idempotency,
             resumes=asks.received is not None,

@@ -34,6 +34,8 @@ class Ladder:
         self._loads = [rung.load for rung in rungs]
         self._states = [NOTHING, *(_held(rungs[: count + 1]) for count in range(len(rungs)))]
         self._height = 0
+        self.shed_until = _SLACK * min((rung.load for rung in rungs if rung.shed), default=0.0)
+        """The load below which nobody is shed any more."""
 
     def at(self, load: float) -> Degradation:
         """load: generations in flight or waiting, as a share of the places."""

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 GRACE_S = 300.0
+FORGOTTEN = "forgotten"  # under which name the sum of all who are no longer known one by one is told
 T = TypeVar("T")
 
 
@@ -24,38 +25,55 @@ class Word(msgspec.Struct, Generic[T], frozen=True, array_like=True):
 
 
 class LastWords(Generic[T]):
-    """Bounded: of the departed the last `keep` are known one by one, the others are given to `forget` once and for all.
+    """Bounded: of the departed the last `keep` are known one by one, the others are added up, once and for all.
 
-    now: unix seconds. Invariant: no word is both kept and forgotten, and none is forgotten twice.
+    That sum is a word like the others, so who comes later hears it: of two the one that reaches further counts. now:
+    unix seconds. Invariant: no word is both kept and in the sum, and none is twice in it.
     """
 
-    def __init__(self, *, keep: int, forget: Callable[[T], None], now: Callable[[], float]) -> None:
+    def __init__(self, *, keep: int, add: Callable[[T, T], T], now: Callable[[], float]) -> None:
         self.words: dict[str, Word[T]] = {}
         self._keep = keep
-        self._forget = forget
+        self._add = add
         self._now = now
-        self._forgotten_until = 0.0
 
     def say(self, speaker: str, said: T) -> None:
         self.hear({speaker: Word(self._now(), said)})
 
     def hear(self, words: Mapping[str, Word[T]]) -> None:
+        theirs = words.get(FORGOTTEN)
+        if theirs is not None and theirs.at > self._forgotten_until:
+            self.words = {s: word for s, word in self.words.items() if word.at > theirs.at} | {FORGOTTEN: theirs}
         for speaker, word in words.items():
             known = self.words.get(speaker)
             if word.at > self._forgotten_until and (known is None or word.at >= known.at):
                 self.words[speaker] = word
-        departed = sorted((s for s in self.words if self._has_departed(s)), key=lambda s: self.words[s].at)
-        for speaker in departed[: max(0, len(departed) - self._keep)]:
-            word = self.words.pop(speaker)
-            self._forgotten_until = max(self._forgotten_until, word.at)
-            self._forget(word.said)
+        departed = sorted((s for s in self.words.keys() - {FORGOTTEN} if self._has_departed(s)), key=self._at)
+        if len(departed) > self._keep:
+            until = self._at(departed[-self._keep - 1])
+            for speaker in (s for s in departed if self._at(s) <= until):
+                self._put_to_sum(self.words.pop(speaker))
 
     def recent(self) -> dict[str, T]:
         """Of those who have not departed."""
         return {s: word.said for s, word in self.words.items() if not self._has_departed(s)}
 
     def departed(self) -> list[T]:
+        """Of all others; the sum of the forgotten is one of them."""
         return [word.said for s, word in self.words.items() if self._has_departed(s)]
 
+    @property
+    def _forgotten_until(self) -> float:
+        forgotten = self.words.get(FORGOTTEN)
+        return 0.0 if forgotten is None else forgotten.at
+
+    def _put_to_sum(self, word: Word[T]) -> None:
+        forgotten = self.words.get(FORGOTTEN)
+        said = word.said if forgotten is None else self._add(forgotten.said, word.said)
+        self.words[FORGOTTEN] = Word(word.at, said)
+
+    def _at(self, speaker: str) -> float:
+        return self.words[speaker].at
+
     def _has_departed(self, speaker: str) -> bool:
-        return self._now() - self.words[speaker].at > GRACE_S
+        return self._now() - self._at(speaker) > GRACE_S

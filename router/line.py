@@ -107,6 +107,12 @@ class Events(msgspec.Struct, frozen=True, array_like=True, tag="events"):
     events: list[TokenEvent]
 
 
+class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
+    """A suspect's trial begins: until then it waits for other ingresses' trials, and is not the cause of anything."""
+
+    stream: int
+
+
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     """Ends a stream."""
 
@@ -119,7 +125,7 @@ class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
 
 
 FromIngress = Submit | Abort | Recite
-FromReplica = Welcome | Beat | Cached | Events | Failed | Goodbye
+FromReplica = Welcome | Beat | Cached | Begun | Events | Failed | Goodbye
 
 
 # Who is there. A handshake is a generator: it yields what to send and how many bytes to wait for, is sent those, and

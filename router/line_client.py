@@ -24,6 +24,7 @@ from .ledger import Ledger
 from .line import (
     Abort,
     Beat,
+    Begun,
     Cached,
     Events,
     Failed,
@@ -141,7 +142,8 @@ class LineBackend:
         links = list(self._links.values())
         if not links:
             raise Unavailable("no replica is connected")
-        return self._rng.choice([link for link in links if link.problem is None] or links)
+        staying = [link for link in links if not link.is_leaving]  # in trouble, they may take it all the same
+        return self._rng.choice([link for link in links if link.problem is None] or staying or links)
 
     # Connections
 
@@ -192,10 +194,14 @@ class LineBackend:
 
 
 class _Stream:
-    """One generation's events, from the connection to whoever follows them."""
+    """One generation's events, from the connection to whoever follows them.
 
-    def __init__(self, id: int) -> None:
+    has_begun: a suspect that has not is not what ends its replica.
+    """
+
+    def __init__(self, id: int, *, has_begun: bool) -> None:
         self.id = id
+        self.has_begun = has_begun
         self.ended = False
         self._events: list[TokenEvent] = []
         self._error: ShoalError | None = None
@@ -266,7 +272,7 @@ class _Link:
     def submit(self, request: GenerationRequest) -> _Stream:
         """Raises TooLarge."""
         self._num_submitted += 1
-        stream = _Stream(self._num_submitted)
+        stream = _Stream(self._num_submitted, has_begun=not request.trial)
         try:
             self.wire.send([Submit(stream.id, _encode(request))])
         except LineError as error:
@@ -321,6 +327,9 @@ class _Link:
             self._heard_beat(message)
         elif isinstance(message, Cached):
             self._heard_cached(message)
+        elif isinstance(message, Begun):
+            if message.stream in self._streams:
+                self._streams[message.stream].has_begun = True
         elif isinstance(message, Failed):
             stream = self._streams.get(message.stream)
             if stream is not None:
@@ -340,9 +349,11 @@ class _Link:
         self._on_close(self, reason)
         for stream in self._streams.values():
             if not stream.ended:
-                stream.fail(self._end_of_streams())
+                stream.fail(self._end_of(stream))
 
-    def _end_of_streams(self) -> ShoalError:
+    def _end_of(self, stream: _Stream) -> ShoalError:
+        if not stream.has_begun:
+            return Unavailable("the replica was gone before it began")
         if self.is_leaving and not self.is_silent:
             return Unavailable("the replica has left before the answer's end")
         return ReplicaLost("the replica was lost before the answer's end")

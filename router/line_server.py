@@ -11,7 +11,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 
 import msgspec
@@ -23,6 +23,7 @@ from .backend import Failure, Status, failure_of
 from .line import (
     Abort,
     Beat,
+    Begun,
     Cached,
     Events,
     Failed,
@@ -71,6 +72,7 @@ class LineServer:
         self.catalogue = Catalogue()
         self._changes = changes
         self.limits = limits or LineLimits()
+        self.court = asyncio.Lock()  # of the one suspect that is tried here; others wait in the order they came
         self._secret = secret
         self._peers: dict[_Peer, None] = {}  # in the order in which they came
         self._server: asyncio.Server | None = None
@@ -222,7 +224,8 @@ class _Peer:
         stream, ended = submit.stream, False
         try:
             request = _decode_request(submit.request)
-            async with aclosing(self._server.generate(request)) as batches:
+            events = self._try(stream, request) if request.trial else self._server.generate(request)
+            async with aclosing(events) as batches:
                 async for batch in batches:
                     ended = batch[-1].finish_reason is not None
                     self.post(Events(stream, batch))
@@ -232,3 +235,20 @@ class _Peer:
             self.post(Failed(stream, failure_of(InvalidRequest(f"the replica cannot read the request: {error}"))))
         except ShoalError as error:
             self.post(Failed(stream, failure_of(error)))
+
+    async def _try(self, stream: int, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
+        """A suspect's events.
+
+        An ingress tries one at a time and knows nothing of the others' suspects. They wait here for each other, so that
+        whoever ends the replica is the only one of them that had begun.
+        """
+        num_tokens = 0
+        async with AsyncExitStack() as trial, aclosing(self._server.generate(request)) as batches:
+            await trial.enter_async_context(self._server.court)
+            self.post(Begun(stream))
+            self._flush()  # ahead of whatever the generation may do to this process
+            async for batch in batches:
+                yield batch
+                num_tokens += sum(len(event.tokens) for event in batch)
+                if num_tokens >= request.trial:
+                    await trial.aclose()

@@ -153,6 +153,11 @@ class LiveLog:
         """It ended, and that is no answer for those who come now."""
         return not self.is_live and not (self.tape.end is not None and self.tape.end.is_complete)
 
+    def settle(self, origin: CacheStatus) -> None:
+        """It is known where the log comes from."""
+        self.origin = origin
+        self._wake()
+
     def changed(self) -> None:
         """There is more to read."""
         self.version += 1
@@ -210,6 +215,11 @@ class LogReader:
         """Until its deadline, in seconds."""
         return float("inf") if self._deadline is None else self._deadline - asyncio.get_running_loop().time()
 
+    @property
+    def account(self) -> str:
+        """Whose request it is, in the books."""
+        return self._request.account
+
     def resumed(self) -> GenerationRequest:
         """Its request, to go on with the log as it is."""
         tape = self.log.tape
@@ -234,6 +244,12 @@ class LogReader:
     def close(self) -> None:
         self._is_over = True
         self._leave()
+
+    async def origin(self) -> CacheStatus | None:
+        """Where the log comes from. None: it ended, or this reader left, before anybody knew."""
+        while self.log.origin is None and self.log.is_live and self in self.log.readers:
+            await self.bell.wait()
+        return self.log.origin
 
     async def next(self) -> TokenEvent:
         """All that is there and was not read, as one event. Raises StopAsyncIteration behind the last one."""
@@ -278,6 +294,13 @@ class LogReader:
     def _leave(self) -> None:
         self.log.leave(self)
         self.bell.ring()
+
+
+def refused(log: LiveLog, led: LogReader, error: Exception) -> None:
+    """The leading request was not let in: an end for its tenant's readers. Others have a place of their own."""
+    for reader in [*log.readers]:
+        if reader.account == led.account:
+            reader.fail(error)
 
 
 def expired(log: LiveLog, led: LogReader, error: str | None) -> None:

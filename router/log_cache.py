@@ -14,9 +14,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from ..runtime.errors import CacheMiss, LogLost
 from ..runtime.generation import GenerationRequest, TokenEvent
-from .cache import CacheMode, CacheStatus, Caching, Lead, Led, Reading
+from .cache import CacheMode, CacheStatus, Caching, Lead, Reading, Refused, uncached
 from .config import RouterConfig
 from .live_log import LiveLog, LogReader
 from .log_key import LogKeys
@@ -57,7 +56,8 @@ class LogCache:
         """See `ResponseCache`. The request is a log at its beginning: `request.tokens` is empty."""
         assert not request.tokens
         if not _is_cached(caching):
-            return self._uncached(request, lead, caching)
+            self._meter.lookups.labels(CacheStatus.BYPASS.value).inc()
+            return uncached(request, lead, caching)
         content = self._keys.content(request, scope=caching.scope, is_reproducible=caching.is_reproducible)
         if caching.idempotency is None or caching.is_reproducible:
             name, head = content, Head(request.seed)
@@ -78,15 +78,6 @@ class LogCache:
             for running in late:
                 running.cancel()
 
-    def _uncached(self, request: GenerationRequest, lead: Lead, caching: Caching) -> Reading:
-        self._meter.lookups.labels(CacheStatus.BYPASS.value).inc()
-        if caching.mode is CacheMode.ONLY:
-            return Refused(CacheMiss("no cached answer: one to this request is not cached at all (cache_mode)"))
-        if caching.resumes and not caching.is_reproducible:
-            lost = "the log that was to be continued was not kept; send Idempotency-Key with the first request"
-            return Refused(LogLost(lost, param="last-event-id"))
-        return Led(lead(request))
-
     def _log(self, name: bytes, head: Head, caching: Caching) -> LiveLog:
         """The one that lives here, or a new one."""
         if caching.mode is CacheMode.ONLY:
@@ -96,8 +87,9 @@ class LogCache:
         log = self._live.get(name)
         if log is None or log.has_failed:
             log = self._start(name, head, LogTask.share)
+            if name not in self._live:
+                self._meter.flights.inc()
             self._live[name] = log
-            self._meter.flights.set(len(self._live))
         return log
 
     def _start(self, name: bytes, head: Head, way: Callable[[LogTask], Coroutine[Any, Any, None]]) -> LiveLog:
@@ -115,7 +107,7 @@ class LogCache:
     def _forget(self, log: LiveLog) -> None:
         if self._live.get(log.name) is log:
             del self._live[log.name]
-            self._meter.flights.set(len(self._live))
+            self._meter.flights.dec()
 
 
 def _is_cached(caching: Caching) -> bool:
@@ -136,23 +128,14 @@ class LogReading:
         return self
 
     async def __anext__(self) -> list[TokenEvent]:
-        try:
-            event = await self._reader.next()
-        finally:
-            if not self._is_settled:
-                self._settle()
-        return [event]
+        if not self._is_settled:
+            await self.settled()
+        return [await self._reader.next()]
 
-    def stopped(self, length: int, stop: str) -> None:
-        self._reader.log.stop(length, stop)
-
-    async def aclose(self) -> None:
-        self._reader.close()
-
-    def _settle(self) -> None:
-        """Where it comes from is known before its first tokens are; who began a log is not who shares it."""
-        origin = self._reader.log.origin
-        if origin is None:  # this reader left, or was late, before anybody knew
+    async def settled(self) -> None:
+        """Who began a log is not who shares it."""
+        origin = await self._reader.origin()
+        if origin is None or self._is_settled:
             return
         self._is_settled = True
         shares = origin is CacheStatus.MISS and not self._reader.has_begun_it
@@ -160,24 +143,8 @@ class LogReading:
         self.age_s = self._reader.log.age_s
         self._meter.lookups.labels(self.status.value).inc()
 
-
-class Refused:
-    """A reading that ends before it begins."""
-
-    status = CacheStatus.MISS
-    age_s = 0.0
-
-    def __init__(self, error: Exception) -> None:
-        self._error = error
-
-    def __aiter__(self) -> Refused:
-        return self
-
-    async def __anext__(self) -> list[TokenEvent]:
-        raise self._error
-
     def stopped(self, length: int, stop: str) -> None:
-        return
+        self._reader.log.stop(length, stop)
 
     async def aclose(self) -> None:
-        return
+        self._reader.close()

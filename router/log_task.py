@@ -20,11 +20,20 @@ from typing import Any, cast
 
 import msgspec
 
-from ..runtime.errors import CacheMiss, EngineError, InvalidRequest, LogLost, RequestTimeout, ShoalError, Unavailable
+from ..runtime.errors import (
+    CacheMiss,
+    EngineError,
+    InvalidRequest,
+    LogLost,
+    QueueFull,
+    RequestTimeout,
+    ShoalError,
+    Unavailable,
+)
 from ..runtime.generation import FinishReason, TokenEvent
 from .backend import error_of, failure_of
 from .cache import CacheStatus
-from .live_log import Bell, Differs, LiveLog, LogReader, expired
+from .live_log import Bell, Differs, LiveLog, LogReader, expired, refused
 from .log_store import Appended, LogStore, Opened
 from .log_value import Ending, Head, Kept, Part
 from .store import StoreDown
@@ -134,11 +143,11 @@ class LogTask:
         if opened.kept is not None:
             log.age_s = max(0.0, self._clock() - opened.kept.created)
         if log.tape.end is not None:
-            log.origin = CacheStatus.HIT
+            log.settle(CacheStatus.HIT)
         elif self._role is Role.TAILS or log.tape.tokens:
-            log.origin = CacheStatus.SHARED
+            log.settle(CacheStatus.SHARED)
         else:
-            log.origin = CacheStatus.MISS
+            log.settle(CacheStatus.MISS)
 
     def _take(self, opened: Opened) -> None:
         """Be what the store says we are, with what it has of the log."""
@@ -150,7 +159,7 @@ class LogTask:
         self._sent = len(tape.tokens) if is_new else 0  # what was read here may be more than the stream has now
 
     async def _begin(self) -> None:
-        self.log.origin = CacheStatus.MISS
+        self.log.settle(CacheStatus.MISS)
 
     async def _find(self) -> None:
         log = self.log
@@ -160,7 +169,7 @@ class LogTask:
             if kept is not None:
                 self._settle(Opened(kept=kept))
         if log.is_live:
-            log.origin = CacheStatus.MISS
+            log.settle(CacheStatus.MISS)
             log.fail(CacheMiss("no cached answer, and X-Shoal-Cache: only asks for nothing else"))
 
     def _absorb(self, parts: list[Part]) -> None:
@@ -211,7 +220,7 @@ class LogTask:
 
     async def _produce(self, reader: LogReader) -> None:
         """One generation, to its end. All that is awaited here is the next tokens: readers have them at once."""
-        log = self.log
+        log, had = self.log, len(self.log.tape.tokens)
         events = cast("AsyncGenerator[list[TokenEvent], None]", reader.lead(reader.resumed()))
         try:
             async with aclosing(events):
@@ -224,8 +233,11 @@ class LogTask:
         except RequestTimeout as error:
             expired(log, reader, str(error))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the readers' to hear
-            self._failure = error if isinstance(error, ShoalError) else EngineError("the generation failed")
-            log.fail(error)
+            if isinstance(error, QueueFull | Unavailable) and len(log.tape.tokens) == had:
+                refused(log, reader, error)  # here; who follows elsewhere asks at another door
+            else:
+                self._failure = error if isinstance(error, ShoalError) else EngineError("the generation failed")
+                log.fail(error)
         finally:
             self._ring()
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections import Counter as Tally
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from functools import reduce
+from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -217,9 +219,8 @@ class ReplicaBook(Collector):
 
     def __init__(self, *, now: Callable[[], float] = time.time) -> None:
         self._live: Mapping[str, Stats] = {}
-        self._words: LastWords[Stats] = LastWords(keep=_MAX_GONE, forget=self._fold, now=now)
-        self._departed: Tally[str] = Tally()
-        self._departed_tallies: dict[str, Tally[str]] = {field: Tally() for _, field, _ in _TALLIES.values()}
+        self._words: LastWords[Stats] = LastWords(keep=_MAX_GONE, add=_added, now=now)
+        self._restarted = Stats()  # totals of those that started again, before they did
 
     def update(self, stats: Mapping[str, Stats]) -> None:
         """`stats`: of those that are there now."""
@@ -227,7 +228,7 @@ class ReplicaBook(Collector):
         for replica, last in stats.items():
             known = self._words.words.get(replica)
             if known is not None and last.steps < known.said.steps:  # it started again from zero
-                self._fold(known.said)
+                self._restarted = _added(self._restarted, known.said)
             self._words.say(replica, last)
 
     def tell(self) -> dict[str, Word[Stats]]:
@@ -239,7 +240,7 @@ class ReplicaBook(Collector):
         self._words.hear({replica: word for replica, word in words.items() if replica not in self._live})
 
     def collect(self) -> Iterator[Metric]:
-        recent, departed = self._words.recent(), self._words.departed()
+        recent, departed = self._words.recent(), reduce(_added, self._words.departed(), self._restarted)
         for name, (text, field) in _GAUGES.items():
             gauge = GaugeMetricFamily(_PREFIX + name, text, labels=["replica"])
             for replica, stats in self._live.items():
@@ -247,22 +248,20 @@ class ReplicaBook(Collector):
             yield gauge
         for name, (text, field) in _TOTALS.items():
             total = CounterMetricFamily(_PREFIX + name, text, labels=["replica"])
-            gone = sum(float(getattr(stats, field)) for stats in departed)
-            total.add_metric([DEPARTED], gone + self._departed[field])
-            for replica, stats in recent.items():
+            for replica, stats in [(DEPARTED, departed), *recent.items()]:
                 total.add_metric([replica], float(getattr(stats, field)))
             yield total
         for name, (text, field, labels) in _TALLIES.items():
             tally = CounterMetricFamily(_PREFIX + name, text, labels=["replica", *labels])
-            gone_by_kind = self._departed_tallies[field].copy()
-            for stats in departed:
-                gone_by_kind.update(getattr(stats, field))
-            for replica, counts in [(DEPARTED, gone_by_kind), *((r, getattr(s, field)) for r, s in recent.items())]:
-                for kind, count in counts.items():
+            for replica, stats in [(DEPARTED, departed), *recent.items()]:
+                for kind, count in getattr(stats, field).items():
                     tally.add_metric([replica, *kind.split(",")], count)
             yield tally
 
-    def _fold(self, last: Stats) -> None:
-        self._departed.update({field: getattr(last, field) for _, field in _TOTALS.values()})
-        for _, field, _ in _TALLIES.values():
-            self._departed_tallies[field].update(getattr(last, field))
+
+def _added(one: Stats, other: Stats) -> Stats:
+    """The totals of both."""
+    totals: dict[str, Any] = {field: getattr(one, field) + getattr(other, field) for _, field in _TOTALS.values()}
+    for _, field, _ in _TALLIES.values():
+        totals[field] = dict(Tally(getattr(one, field)) + Tally(getattr(other, field)))
+    return Stats(**totals)

@@ -38,6 +38,7 @@ from .schema import (
 from .tenant import Tenant
 
 COMPLETION_MAX_TOKENS = 16
+_ANSWER_SHARE = 4  # of the context one part is the answer's, where a conversation must be cut
 _LONG_TEXT = 4096  # characters or tokens; from here on reading would hold up the event loop: a thread takes it
 # Fields of the body that are SamplingParams' as they stand.
 _SAMPLING = (
@@ -255,13 +256,19 @@ class Preparer:
         prompts = [self._truncated(prompt, body.truncate_prompt_tokens, params.max_tokens or 0) for prompt in prompts]
         degraded: dict[str, int | str] = {} if self._given_up.model is None else {"model": self._given_up.model}
         if body.truncation == "auto":
-            prompts = self._truncated_to_fit(prompts, params.max_tokens or 0, degraded)
+            prompts = self._truncated_to_fit(prompts, params.max_tokens, default, degraded)
         limits = self._config
         choices = len(prompts) * params.n
         if choices > limits.max_choices:
             raise InvalidRequest(
                 f"{len(prompts)} prompts x n {params.n} are {choices} choices; at most {limits.max_choices} are "
                 "allowed (max_choices)",
+                param="n",
+            )
+        if tenant.max_in_flight is not None and choices > tenant.max_in_flight:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts x n {params.n} are {choices} choices; {tenant.name} may have "
+                f"{tenant.max_in_flight} in flight (the tenant's max_in_flight)",
                 param="n",
             )
         room = _room(tenant, prompts, choices)
@@ -310,13 +317,22 @@ class Preparer:
         keep = max(1, self._info.max_model_len - max(1, max_tokens)) if keep == -1 else keep
         return prompt if len(prompt.ids) <= keep else Prompt(prompt.ids[-keep:])
 
-    def _truncated_to_fit(self, prompts: list[Prompt], max_tokens: int, degraded: dict[str, int | str]) -> list[Prompt]:
-        """`truncation: auto`: the last tokens that fit, or as many as the load allows."""
-        fitting, allowed = max(1, self._info.max_model_len - max(1, max_tokens)), self._given_up.truncate_to
+    def _truncated_to_fit(
+        self, prompts: list[Prompt], max_tokens: int | None, default: int | None, degraded: dict[str, int | str]
+    ) -> list[Prompt]:
+        """`truncation: auto`: the last tokens that fit, or as many as the load allows.
+
+        Only ids are cut, from the left: what a template or tokenizer began the prompt with goes first. A prompt that is
+        cut leaves room for an answer: of the length that was asked for, else the default's or a quarter of the context.
+        """
+        context, allowed = self._info.max_model_len, self._given_up.truncate_to
+        most = context - max(1, max_tokens or 0)
+        answer = max_tokens if max_tokens is not None else default if default is not None else context // _ANSWER_SHARE
+        keep = max(1, context - max(1, answer))
         if allowed is not None and any(len(prompt.ids) > allowed for prompt in prompts):
             degraded["truncate_to"] = allowed
-            fitting = min(fitting, allowed)
-        return [prompt if len(prompt.ids) <= fitting else Prompt(prompt.ids[-fitting:]) for prompt in prompts]
+            most, keep = min(most, allowed), min(keep, allowed)
+        return [prompt if len(prompt.ids) <= most else Prompt(prompt.ids[-keep:]) for prompt in prompts]
 
     def _shortened(self, prompt: Any) -> Any:
         """Text without what no tokenization could fit, so that it may be cut at all."""

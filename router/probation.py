@@ -5,7 +5,8 @@
     the same, while a suspect was tried there     that one is guilty, and all others are innocent
 
 Suspects go on one at a time, whatever else their replica does, each until it is past the place where it was. So a
-request that ends replicas ends two, one in company and one on trial, and no other request. A kill that happens to come
+request that ends replicas ends two, one in company and one on trial, and no other request. Each ingress tries its own;
+where their trials meet on a replica, that holds them one behind the other (line_server.py). A kill that happens to come
 during a trial cannot be told from a poison: then the router decides for the replicas, and the log on trial fails.
 """
 
@@ -45,6 +46,8 @@ class Probation:
 
     def move(self, log: Hashable, replica: str | None) -> None:
         """It is on that replica from now on; None: on none, or nobody knows which. A suspect is tried there."""
+        if replica is not None and replica in self._explained:  # and back under its name: its next end is another one
+            self._explained.remove(replica)
         if log in self._places and (replica is not None or self.may_go(log)):
             assert self.may_go(log), "a suspect goes on before its turn"
             self._court = replica

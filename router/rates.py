@@ -6,8 +6,11 @@ that does the same sums (`_TAKE`); where there is none, or while it is down, eac
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
@@ -130,6 +133,9 @@ _TAKE = Script("""
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
 local known, order, kept = {}, {}, 0
+local function is_sane(number)
+  return number and math.abs(number) < 1e300
+end
 for name, left, at in string.gmatch(redis.call('GET', KEYS[1]) or '', '(%a+) (%S+) (%S+)') do
   known[name] = {left = tonumber(left), at = tonumber(at)}
 end
@@ -137,7 +143,7 @@ local granted = 1
 for i = 1, #ARGV, 5 do
   local capacity, period, cost = tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]), tonumber(ARGV[i + 4])
   local level = known[ARGV[i]]
-  if not (level and level.left and level.at) then
+  if not (level and is_sane(level.left) and is_sane(level.at)) then
     level = {left = capacity, at = now}
   end
   local passed = math.max(0, now - level.at)
@@ -182,8 +188,13 @@ class SharedLevels:
             numbers = (_number(limit.capacity), _number(limit.period_s), limit.refill.encode(), _number(cost))
             args += [limit.name.encode(), *numbers]
         answer = await self._store.run(_TAKE, [b"shoal:rate:{%s}" % tenant.encode()], args)
-        granted, now, words = int(answer[0]), float(answer[1]), bytes(answer[2]).decode().split()
-        levels = [Level(float(left), float(at)) for left, at in zip(words[1::3], words[2::3], strict=True)]
+        try:
+            granted, now, words = int(answer[0]), float(answer[1]), bytes(answer[2]).decode().split()
+            levels = [Level(float(left), float(at)) for left, at in zip(words[1::3], words[2::3], strict=True)]
+        except (TypeError, ValueError, LookupError):
+            raise StoreDown("the answer is none of ours") from None
+        if len(levels) != len(costs) or not all(map(math.isfinite, (now, *itertools.chain(*levels)))):
+            raise StoreDown("the answer is none of ours")
         return Taken(bool(granted), levels, now)
 
 
@@ -205,9 +216,10 @@ class Rates:
         self._store = store
         self._shared = SharedLevels(store)
         self._local = Levels(clock=clock)
+        self._undoing: set[asyncio.Task[None]] = set()
 
     async def charge(self, tenant: Tenant, *, tokens: int) -> Charge:
-        """One request of at most `tokens`, prompt and answers.
+        """One request of at most `tokens`, prompt and answers. Where it is cancelled it costs nothing.
 
         Raises:
             RateLimited: over a limit; with the time until there is room, or final where the limit itself is too small.
@@ -223,7 +235,14 @@ class Rates:
                     f"{tenant.name}: shorten the prompt or lower max_tokens",
                     retry_after=limit.period_s, code=_code(limit), headers={}, is_final=True,
                 )  # fmt: skip
-        books, taken = await self._take(tenant.name, costs)
+        taking = asyncio.create_task(self._take(tenant.name, costs))
+        try:
+            books, taken = await asyncio.shield(taking)
+        except asyncio.CancelledError:  # the store may have done it all the same
+            undoing = asyncio.create_task(self._undo(taking, tenant.name, costs))
+            self._undoing.add(undoing)
+            undoing.add_done_callback(self._undoing.discard)
+            raise
         headers = _headers(limits, taken)
         if not taken.granted:
             raise _refusal(tenant, costs, taken, headers)
@@ -238,6 +257,12 @@ class Rates:
             await charge.books.take(charge.tenant, costs)
         except StoreDown:
             return  # the charge stands: it would be forgotten sooner than it could be put right
+
+    async def _undo(self, taking: asyncio.Task[tuple[Books, Taken]], tenant: str, costs: Costs) -> None:
+        books, taken = await taking
+        if taken.granted:
+            with suppress(StoreDown):
+                await books.take(tenant, [(limit, -cost) for limit, cost in costs])
 
     async def _take(self, tenant: str, costs: Costs) -> tuple[Books, Taken]:
         if self._store.available:

@@ -26,7 +26,7 @@ from .backend import Backend, ReplicaLost
 from .balance import Balancer
 from .config import RouterConfig
 from .meters import ResumeMeter
-from .probation import Probation, Verdict
+from .probation import PAST, Probation, Verdict
 
 POLL_S = 0.05  # between two looks for a replica
 
@@ -133,7 +133,8 @@ class Resume:
             # One that had to give it back may be as it was, or back under its name: only after a rest.
             if has_turn and (ready - log.lost or (ready and tried_again)):
                 attempt = log.attempt(now)
-                return attempt, self._balancer.choose(attempt, lost=log.lost)
+                # Never the transport's choice: it must be known where a suspect is tried.
+                return attempt, self._balancer.choose(attempt, lost=log.lost if ready - log.lost else frozenset())
             if ready and not has_turn:
                 log.waiting_since = now  # for its turn, not for a replica
             await self._rest()
@@ -246,6 +247,7 @@ class _Log:
             tokens=list(self._tokens),
             params=params,
             timeout_s=None if self.deadline is None else max(0.001, self.deadline - now),
+            trial=PAST if self.on_probation else 0,
         )
 
     def append(self, batch: list[TokenEvent]) -> list[TokenEvent]:

@@ -17,8 +17,23 @@ from ..runtime.errors import InvalidRequest
 logger = logging.getLogger("shoal.router")
 
 _STRICT = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+_MAX_ENTRIES = 4096
+
+
+def _check_size(value: Any) -> Any:
+    """Before any entry is looked at."""
+    if isinstance(value, dict) and len(value) > _MAX_ENTRIES:
+        raise ValueError(f"at most {_MAX_ENTRIES} entries are allowed")
+    return value
+
+
+# Pydantic keeps every problem that it finds, and a body has room for millions: lists stop at the first one.
+_FIRST = Field(fail_fast=True)
 Bounded = Annotated[str, Field(max_length=512)]
-Strings = Annotated[list[str] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+Texts = Annotated[list[str], _FIRST]
+Integers = Annotated[list[int], _FIRST]
+Messages = Annotated[list[dict[str, Any]], _FIRST]
+Strings = Annotated[Texts | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
 class Body(BaseModel):
@@ -56,7 +71,7 @@ class StructuredOutputsBody(BaseModel):
 
     json_: dict[str, Any] | str | bool | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
     grammar: str | None = None
 
 
@@ -73,17 +88,17 @@ class SamplingBody(Body):
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_check_size)] = None
     response_format: ResponseFormat | None = None
     user: Bounded | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(_check_size)] = None
     # vLLM's
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Integers | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
@@ -102,7 +117,7 @@ class TemplateBody(BaseModel):
 
     model_config = _STRICT
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[Messages, Field(min_length=1)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -123,7 +138,7 @@ class CompletionRequest(SamplingBody):
 
 class TokenizeRequest(Body):
     prompt: Any = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -132,7 +147,7 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    tokens: list[int]
+    tokens: Integers
 
 
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
@@ -260,8 +275,9 @@ def _explain(error: ValidationError) -> InvalidRequest:
     param = ".".join(path)[:200]
     if problem["type"] == "missing":
         return InvalidRequest(f"{param} is missing", param=param, code="missing_required_parameter")
+    message = problem["msg"].removeprefix("Value error, ")
     return InvalidRequest(
-        f"{param} is {shown(problem['input'])}: {problem['msg'][:1].lower()}{problem['msg'][1:300]}",
+        f"{param} is {shown(problem['input'])}: {message[:1].lower()}{message[1:300]}",
         param=param,
         code="invalid_type" if problem["type"].endswith("_type") else "invalid_value",
     )
@@ -277,4 +293,6 @@ def shown(value: Any) -> str:
         return f"a string of {len(value)} characters"
     if isinstance(value, list) and len(value) > 8:
         return f"an array of {len(value)} entries"
+    if isinstance(value, dict) and len(value) > 8:
+        return f"an object of {len(value)} entries"
     return f"{value!r:.80}"

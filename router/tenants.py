@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
@@ -25,6 +26,7 @@ KEY_PREFIX = b"shoal:key:"
 _TAG_BYTES = 32
 _MAX_RECORD = 4096
 _KNOWN_S, _UNKNOWN_S = 30.0, 5.0  # how long the store's answer is believed: so long a key lives on when it is deleted
+_OUTAGE_S = 3600.0  # and so much longer while the store is down
 _MAX_REMEMBERED = 4096
 _RETRY_S = 1.0
 Value = TypeVar("Value")
@@ -99,7 +101,8 @@ class NoVault:
 
 
 class StoredKeys:
-    """Keys in the store. What it says is believed for a short while, and no longer when it is down."""
+    """Keys in the store. What it says is believed for a short while; of keys it knew for longer while it is down, since
+    no request fails of Redis. One that was deleted before may live on for as long."""
 
     def __init__(self, store: Store, *, seals: Seals, clock: Callable[[], float]) -> None:
         self._store = store
@@ -115,6 +118,8 @@ class StoredKeys:
         try:
             value = await self._store.get(name)
         except StoreDown:
+            if (last := self._known.last(name, _OUTAGE_S)) is not None:
+                return last
             raise Unavailable(
                 "the API key is none of the config's, and the store that may know it does not answer",
                 retry_after=_RETRY_S,
@@ -122,6 +127,7 @@ class StoredKeys:
         config = None if value is None else self._read(name, value)
         if config is None:
             self._unknown[name] = None
+            self._known.forget(name)
         else:
             self._known[name] = config
         return config
@@ -149,8 +155,16 @@ class _Remembered(Generic[Value]):
     def __getitem__(self, name: bytes) -> Value:
         return self._entries[name][1]
 
-    def __setitem__(self, name: bytes, value: Value) -> None:
+    def last(self, name: bytes, longer_s: float) -> Value | None:
+        """As if each were kept so much longer."""
+        until, value = self._entries.get(name, (-math.inf, None))
+        return value if self._clock() < until + longer_s else None
+
+    def forget(self, name: bytes) -> None:
         self._entries.pop(name, None)
+
+    def __setitem__(self, name: bytes, value: Value) -> None:
+        self.forget(name)
         self._entries[name] = self._clock() + self._keep_s, value
         while len(self._entries) > _MAX_REMEMBERED:
             self._entries.popitem(last=False)

@@ -175,9 +175,15 @@ class AsyncEngine:
         return self._restarting or "ready"
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more; let what is live end by itself until the deadline, then abort the rest."""
+        """Take no more; let what is live end by itself until the deadline, then abort the rest.
+
+        Where the engine is stuck it dies: nothing will end by itself, and something that is live may be the cause.
+        """
         with self._lock:
             self._draining = True
+        if self.is_stuck():
+            self._end_all(FinishReason.ERROR, "the engine has stopped making steps")
+            return
         if await asyncio.to_thread(self._idle.wait, timeout_s):
             return
         self._ends_rest = True

@@ -162,6 +162,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     the client's to vary.
     priority: lower goes first.
     timeout_s: seconds from admission to the hard deadline; None for none.
+    trial: tokens after which it is cleared of having ended a replica (router/probation.py); 0: nobody says so.
     """
 
     id: str
@@ -174,6 +175,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     share: float = 1.0
     priority: int = 0
     timeout_s: float | None = None
+    trial: int = 0
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

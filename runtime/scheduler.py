@@ -74,6 +74,7 @@ class Scheduler:
         ending = seq.ending()
         if ending is None:
             seq.mask = constraint.mask()
+        seq.key = self._policy.key(request, next(self._arrivals))
         self._live[request.id] = seq
         put_in(self._waiting, seq)
         self._next_deadline = min(self._next_deadline, seq.deadline)
@@ -103,7 +104,6 @@ class Scheduler:
         wants_prompt_logprobs = params.prompt_logprobs is not None and not request.tokens
         return Sequence(
             request=request,
-            key=self._policy.key(request, next(self._arrivals)),
             limit=limit,
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else limits.eos_token_ids),
             constraint=constraint,

@@ -66,7 +66,6 @@ class Sequence:
     """
 
     request: GenerationRequest
-    key: Key
     limit: int  # tokens in all, prompt and output
     stop_ids: frozenset[int]
     constraint: Constraint
@@ -74,6 +73,7 @@ class Sequence:
     tokens: list[int]
     deadline: float
     prompt_logprobs: list[TokenLogprob | None] | None
+    key: Key = field(init=False)  # drawn last: who has one is counted by the policy until it ends
     prompt_len: int = 0
     free: bool = True  # no constraint: the next row may be planned before the last token is known
     mask: bytes | None = None

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.cluster.config import ServerConfig, check_supported, default_name, is_loopback, load_config
+from shoal.cluster.config import ServerConfig, check_supported, default_name, is_loopback, load_config, smaller
+from shoal.cluster.serve import share_cores
 from shoal.runtime.errors import ConfigError
 
 MODEL = {("engine", "model"): "some/model"}
@@ -82,6 +83,30 @@ def test_loopback(host: str, alone: bool) -> None:
     assert is_loopback(host) is alone
 
 
+@pytest.mark.parametrize("secret", ["", "not a long one"])
+def test_a_secret_that_can_be_guessed_is_refused_and_not_shown(tmp_path: Path, secret: str) -> None:
+    file = write(tmp_path, f"router: {{secret: '{secret}'}}")
+    with pytest.raises(ConfigError, match="at least 32 characters") as refused:
+        load_config(MODEL, file=file)
+    assert str(file) in str(refused.value)
+    assert "router.secret" in str(refused.value)
+    assert "not a long one" not in str(refused.value)
+
+
+def test_one_port_is_not_two() -> None:
+    with pytest.raises(ConfigError, match="--metrics-port 8000"):
+        check_supported(load_config({**MODEL, ("server", "metrics_port"): 8000}))
+
+
+def test_the_password_of_redis_is_not_shown() -> None:
+    config = load_config({**MODEL, ("server", "redis_url"): "redis://:hidden@there"})
+    assert "hidden" not in repr(config)
+    with pytest.raises(ConfigError) as refused:
+        load_config({**MODEL, ("server", "redis_url"): ["redis://:hidden@there"]})
+    assert "--redis-url" in str(refused.value)
+    assert "hidden" not in str(refused.value)
+
+
 @pytest.mark.parametrize("given", [{("router", "api_keys"): ["k"]}, {("server", "allow_anonymous"): True}])
 def test_open_hosts_need_a_key_or_a_word(given: dict[tuple[str, str], object]) -> None:
     exposed = {**MODEL, ("server", "host"): "0.0.0.0"}
@@ -111,3 +136,39 @@ def test_any_tree_is_accepted_or_refused_never_a_crash(tmp_path_factory: pytest.
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     with suppress(ConfigError):
         load_config(MODEL, file=file)
+
+
+SMALL = {("server", "smaller_model"): "some/small.gguf"}
+
+
+def test_the_smaller_model_has_the_main_one_s_options() -> None:
+    config = load_config({**MODEL, **SMALL, ("engine", "max_num_seqs"): 3, ("server", "replicas"): 4})
+    small = smaller(config)
+    assert small is not None
+    assert (small.engine.model, small.engine.max_num_seqs, small.server.replicas) == ("some/small.gguf", 3, 1)
+    assert small.router.served_model_name == ("some/small.gguf",)
+    assert smaller(small) is None
+    assert smaller(load_config(MODEL)) is None
+
+
+def test_a_ladder_falls_to_a_model_that_is_there(tmp_path: Path) -> None:
+    file = write(tmp_path, "router: {ladder: [{load: 1.5, model: some/small.gguf}]}\n")
+    check_supported(load_config({**MODEL, **SMALL}, file=file))
+    with pytest.raises(ConfigError, match="--smaller-model"):
+        check_supported(load_config(MODEL, file=file))
+    with pytest.raises(ConfigError, match="served as 'some/model'"):
+        check_supported(load_config({**MODEL, ("server", "smaller_model"): "some/model"}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "threads"),
+    [({}, 8), ({"replicas": 2}, 4), ({"replicas": 3}, 2), ({"replicas": 16}, 1), ({"smaller_model": "m"}, 4)],
+)
+def test_replicas_on_one_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, object], threads: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    on_cpu = {**MODEL, ("engine", "device"): "cpu", **{("server", name): value for name, value in flags.items()}}
+    assert share_cores(load_config(on_cpu)).engine.num_threads == threads
+    assert share_cores(load_config({**on_cpu, ("engine", "num_threads"): 5})).engine.num_threads == 5
+    assert share_cores(load_config({**on_cpu, ("engine", "device"): "cuda"})).engine.num_threads is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +17,8 @@ from shoal.router.config import RouterConfig
 from shoal.router.store import NoStore
 from shoal.router.tenants import NoVault, Seals, StoredKeys
 from shoal.runtime.errors import ConfigError, Unauthorized
+
+from ..redis_servers import RedisServer, needs_redis
 
 SECRET = b"s" * 32
 
@@ -85,3 +88,21 @@ def test_what_makes_no_sense_is_refused() -> None:
         keys.tenant_config({"name": "a b"})
     with pytest.raises(ConfigError, match="weight"):
         keys.tenant_config({"name": "a", "weight": 0})
+
+
+@pytest.mark.parametrize("key", ["", "of several words", "ключ-от-всех-дверей"])
+def test_a_key_that_no_header_carries_is_not_stored(key: str) -> None:
+    with pytest.raises(ConfigError, match="neither spaces nor"):
+        keys.put_key("redis://here", key, keys.tenant_config({"name": "acme"}), secret=SECRET, days=7)
+
+
+@needs_redis
+def test_a_key_that_is_not_there_is_not_called_deleted(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as server:
+        key, acme = keys.new_key(), keys.tenant_config({"name": "acme"})
+        keys.put_key(server.url, key, acme, secret=SECRET, days=7)
+        with pytest.raises(ConfigError, match="no such key"):
+            keys.delete_key(server.url, key + "x", secret=SECRET)
+        keys.delete_key(server.url, key, secret=SECRET)
+        with pytest.raises(ConfigError, match="no such key"):
+            keys.delete_key(server.url, key, secret=SECRET)

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from shoal.router.admission import Admission, Place
+from shoal.router.body import ClientGone
 from shoal.router.config import RouterConfig, Rung
 from shoal.router.meters import AdmissionMeter
 from shoal.router.rates import RateLimited, Rates
@@ -208,6 +209,33 @@ async def test_rates_are_charged_with_the_most_and_settled_with_what_it_was() ->
 
 
 @virtual
+async def test_more_than_was_charged_is_not_taken() -> None:
+    """What the limits have no room for any more could not be settled at all."""
+    door = Door()
+    tenant = Tenant(name="t", salt="", token_budget=1000)
+    grant, last = await door.admission.grant(tenant, tokens=100), await door.admission.grant(tenant, tokens=900)
+    grant.use(400)
+    grant.close()
+    last.close()
+    await door.admission.close()
+    assert (await door.admission.grant(tenant, tokens=0)).headers["x-ratelimit-remaining-budget"] == "900"
+
+
+@virtual
+async def test_metrics_name_the_configs_tenants_and_not_any_number_of_others() -> None:
+    door = Door(tenants=({"name": "late"},))
+    (await door.admission.grant(ANN, tokens=1)).close(ClientGone())
+    assert door.value("tenant_requests_total", tenant="ann", outcome="client_gone") == 1
+    for number in range(600):
+        (await door.admission.grant(Tenant(name=f"stored-{number}", salt=""), tokens=1)).close()
+    (await door.admission.grant(Tenant(name="late", salt=""), tokens=1)).close()
+    shown = {s.labels["tenant"] for f in door.registry.collect() for s in f.samples if "tenant" in s.labels}
+    assert {"late", "stored-0", "other"} <= shown
+    assert len(shown) < 300
+    assert door.value("tenant_requests_total", tenant="late", outcome="served") == 1
+
+
+@virtual
 async def test_who_is_not_served_pays_nothing_and_a_cached_answer_is_one_request() -> None:
     door = Door(max_in_flight=1, max_wait_s=1)
     tenant = Tenant(name="t", salt="", requests_per_minute=3, token_budget=1000)
@@ -224,18 +252,29 @@ async def test_who_is_not_served_pays_nothing_and_a_cached_answer_is_one_request
 
 @virtual
 async def test_shedding_spares_those_who_go_first() -> None:
-    door = Door(max_in_flight=2, ladder=(Rung(load=1.0, max_tokens=8), Rung(load=1.5, shed=True)))
+    ladder = Rung(load=1.0, max_tokens=8), Rung(load=1.5, shed=True)
+    door = Door(max_in_flight=2, max_wait_s=100, ladder=ladder)
     first = await door.enter(weight=2)
     assert door.admission.check(ANN).max_tokens == 8
     waiting = door.waits()
     await asyncio.sleep(1)
-    with pytest.raises(Unavailable, match="shed"):
+    with pytest.raises(Unavailable, match="shed") as shed:
         door.admission.check(ANN)
+    assert shed.value.retry_after == pytest.approx(0.3), "3 generations are to become 2.7, and no pace is known"
     assert door.admission.check(Tenant(name="vip", salt="", priority=-1)).max_tokens == 8
     assert door.value("degraded_requests_total", rung="shed") == 1
+    await asyncio.sleep(79)
     first.close()
-    await waiting
+    place = await waiting
     assert door.admission.check(ANN).max_tokens is None
+    await door.enter()
+    waiting = door.waits()
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable) as shed:
+        door.admission.check(ANN)
+    assert shed.value.retry_after == pytest.approx(0.3 * 80 / 2, rel=0.02), "each of two places is held for 80 s"
+    place.close()
+    await waiting
 
 
 @virtual

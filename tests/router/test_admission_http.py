@@ -197,3 +197,22 @@ def test_truncation_keeps_the_last_tokens_that_fit(prompt: Any) -> None:
         assert len(request.prompt) == MAX_MODEL_LEN - 12
         assert bytes(request.prompt).endswith(b"xthe end")
         assert post(server, truncation="middle").status == 400
+
+
+def test_what_is_cut_to_fit_leaves_room_for_an_answer() -> None:
+    text = "x" * 600
+    with serve() as server:
+        assert post(server, prompt=text, truncation="auto").json["usage"]["completion_tokens"] == 16
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": text}], "truncation": "auto"}
+        server.post("/v1/chat/completions", chat)
+        assert server.backend.requests[-1].params.max_tokens == MAX_MODEL_LEN // 4
+        post(server, prompt="x" * (MAX_MODEL_LEN - 3), truncation="auto")
+        assert len(server.backend.requests[-1].prompt) == MAX_MODEL_LEN - 3, "it fitted"
+
+
+def test_more_choices_than_the_tenant_may_have_at_once_are_no_matter_of_waiting() -> None:
+    with serve(tenant("acme", max_in_flight=2)) as server:
+        reply = post(server, "acme", n=3, max_tokens=1)
+        assert reply.status == 400
+        assert "3 choices; acme may have 2 in flight" in reply.json["error"]["message"]
+        assert post(server, "acme", n=2, max_tokens=1).status == 200

@@ -208,6 +208,52 @@ def test_ingresses_share_one_account_and_each_has_its_own_while_redis_is_down(re
     refused(one, owner)
 
 
-def test_garbage_in_redis_is_no_level(redis: Any) -> None:
-    redis.client.set("shoal:rate:{t}", b"requests x y \xff\x00 tokens")
+@pytest.mark.parametrize("value", [b"requests x y \xff\x00 tokens", b"requests -inf 1", b"requests nan nan"])
+def test_garbage_in_redis_is_no_level(redis: Any, value: bytes) -> None:
+    redis.client.set("shoal:rate:{t}", value)
     assert charge(Rates(redis, clock=Clock()), tenant(requests_per_minute=2))["x-ratelimit-remaining-requests"] == "1"
+
+
+class Scripted(NoStore):
+    """Answers every script alike, once it is let."""
+
+    available = True
+
+    def __init__(self, answer: object = None) -> None:
+        self.answer = answer
+        self.let = asyncio.Event()
+        self.asked: list[list[bytes | int]] = []
+
+    async def run(self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int]) -> Any:
+        self.asked.append(list(args))
+        await self.let.wait()
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, 7, b"OK", [], [1, b"x", b""], [1, b"1", b""], [0, b"1", b"requests -inf 1"], [1, b"nan", b"requests 1 1"]],
+)
+def test_a_redis_that_lies_fails_no_request(answer: object) -> None:
+    store = Scripted(answer)
+    store.let.set()
+    assert charge(Rates(store, clock=Clock()), tenant(requests_per_minute=2))["x-ratelimit-remaining-requests"] == "1"
+
+
+def test_who_leaves_while_redis_is_asked_pays_nothing() -> None:
+    async def scenario() -> list[list[bytes | int]]:
+        store = Scripted([1, b"1", b"requests 4 1 tokens 550 1"])
+        rates = Rates(store, clock=Clock())
+        asking = asyncio.create_task(rates.charge(tenant(requests_per_minute=5, tokens_per_minute=600), tokens=50))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert asking.cancelled()
+        store.let.set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return store.asked
+
+    asked = asyncio.run(scenario())
+    assert [[args[4], args[9]] for args in asked] == [[b"1.0", b"50.0"], [b"-1.0", b"-50.0"]]

@@ -151,6 +151,9 @@ def test_tenants_without_keys_do_not_open_the_door() -> None:
         ({"tenants": [{"name": "anonymous"}]}, "anonymous and key-1"),
         ({"tenants": [{"name": "a b"}]}, "name"),
         ({"tenants": [{"name": "a", "keys": ["sk-plain"]}]}, "keys"),
+        ({"tenants": [{"name": "a", "budget_s": float("inf")}]}, "finite"),
+        ({"max_wait_s": float("inf")}, "finite"),
+        ({"secret": ""}, "at least 32"),
     ],
 )  # fmt: skip
 def test_tenants_that_make_no_sense_are_refused_at_the_start(fields: dict[str, Any], complaint: str) -> None:
@@ -280,20 +283,38 @@ async def _find(stored: Stored, guess: int) -> None:
 
 def test_while_the_store_is_down_unknown_keys_are_neither_let_in_nor_called_wrong() -> None:
     stored = Stored()
-    stored.put("stored", ACME)
+    for key in ("stored", "unseen"):
+        stored.put(key, ACME)
     stored.check("stored")
     stored.store.is_down = True
     assert stored.check("plain").name == "key-1"
-    assert stored.check("stored").name == "acme", "forgotten too soon"
-    stored.now += 31
     with pytest.raises(Unavailable) as refusal:
-        stored.check("stored")
+        stored.check("unseen")
     assert refusal.value.retry_after > 0
+    stored.now += 1800
+    assert stored.check("stored").name == "acme", "an outage of Redis has failed a request"
+    stored.now += 3600
+    with pytest.raises(Unavailable):
+        stored.check("stored")
     stored.store.is_down = False
     assert stored.check("stored").name == "acme"
 
 
+def test_no_outage_brings_a_deleted_key_back() -> None:
+    stored = Stored()
+    name = stored.put("stored", ACME)
+    stored.check("stored")
+    del stored.store.values[name]
+    stored.now += 31
+    with pytest.raises(Unauthorized):
+        stored.check("stored")
+    stored.store.is_down = True
+    stored.now += 6
+    with pytest.raises(Unavailable):
+        stored.check("stored")
+
+
 def test_keys_do_not_show() -> None:
-    config = RouterConfig(api_keys=("sk-hidden",), secret="s3cret")
+    config = RouterConfig(api_keys=("sk-hidden",), secret="s3cret" * 6)
     assert "sk-hidden" not in repr(config)
     assert "s3cret" not in repr(config)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
+
+from shoal.router.schema import ChatRequest, parse
+from shoal.runtime.errors import InvalidRequest
 
 from .fakes import MAX_MODEL_LEN, VOCAB_SIZE, Reply, Server, request_bytes
 
@@ -406,3 +410,19 @@ def test_no_refused_request_reached_the_engine(server: Server) -> None:
     for case in CASES[::7]:
         server.raw(case.raw)
     assert server.backend.requests == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", [1] * 500_000), ("stop_token_ids", ["a"] * 500_000), ("messages", [1] * 500_000),
+        ("logit_bias", {str(i): "a" for i in range(500_000)}), ("metadata", {str(i): 1 for i in range(500_000)}),
+        ("structured_outputs", {"choice": [1] * 500_000}),
+    ],
+)  # fmt: skip
+def test_a_body_full_of_mistakes_is_refused_at_the_first(field: str, value: object) -> None:
+    """All of them at once held up the event loop for seconds, and took gigabytes."""
+    before = time.process_time()
+    with pytest.raises(InvalidRequest, match=field):
+        parse(ChatRequest, chat() | {field: value})
+    assert time.process_time() - before < 0.3

@@ -6,13 +6,30 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from shoal.router.cache import CacheStatus, Reading
+from shoal.router.config import RouterConfig
+from shoal.router.log_cache import LogCache
 from shoal.runtime.errors import QueueFull, RowFailed
 from shoal.runtime.generation import FinishReason, GenerationRequest, TokenEvent
 
-from .cache_fakes import REPRODUCIBLE, Ingress, Model, answer, at_rest, event_of, ingresses, play, request
+from .cache_fakes import (
+    NOW,
+    REPRODUCIBLE,
+    SECRET,
+    Ingress,
+    Model,
+    Read,
+    answer,
+    at_rest,
+    event_of,
+    ingresses,
+    play,
+    read,
+    request,
+)
 from .memory_store import MemoryRedis, MemoryStore
 
 FULL: dict[str, Any] = {"logprobs": 1, "prompt_logprobs": 1}
@@ -31,6 +48,22 @@ def test_a_hundred_equal_readers_at_two_ingresses_cost_one_generation():
         await at_rest()
         await asyncio.sleep(0)
         assert {one.count("flights") for one in both} == {0.0}
+
+    play(scenario)
+
+
+def test_caches_of_several_models_count_their_flights_together():
+    async def scenario() -> None:
+        (one,) = ingresses(1)
+        other = LogCache(
+            one.store, model="other", secret=SECRET, config=RouterConfig(), meter=one.cache._meter, clock=lambda: NOW
+        )
+        readings = [one.open(request()), other.open(request(), one.model.lead, REPRODUCIBLE)]
+        assert one.count("flights") == 2
+        await asyncio.gather(*map(read, readings))
+        await at_rest()
+        await asyncio.sleep(0)
+        assert one.count("flights") == 0
 
     play(scenario)
 
@@ -239,6 +272,43 @@ def test_a_shared_error_ends_it_for_all_and_is_not_kept():
         assert (await two.read(asked)).tokens == answer(asked)
 
     play(scenario)
+
+
+def test_a_refusal_is_for_its_own_tenant_and_ingress():
+    async def scenario() -> None:
+        one, two = ingresses(2)
+
+        async def lead(asked: GenerationRequest) -> AsyncIterator[list[TokenEvent]]:
+            await asyncio.sleep(1)
+            if asked.account == "full":
+                raise QueueFull("no room for full")
+            async for events in one.model.lead(asked):
+                yield events
+
+        asks = [msgspec.structs.replace(request(), account=account) for account in ("full", "full", "other")]
+        here = [asyncio.create_task(read(one.cache.open(asked, lead, REPRODUCIBLE))) for asked in asks]
+        there = asyncio.create_task(two.read(asks[0]))
+        got = await asyncio.gather(*here, there, return_exceptions=True)
+        assert [type(each) for each in got] == [QueueFull, QueueFull, Read, Read]
+        assert got[2].tokens == got[3].tokens == answer(asks[0])
+
+    async def nobody_else_here() -> None:
+        one, two = ingresses(2)
+
+        async def lead(asked: GenerationRequest) -> AsyncIterator[list[TokenEvent]]:
+            await asyncio.sleep(1)
+            raise QueueFull("no room")
+            yield []
+
+        refused = asyncio.create_task(read(one.cache.open(request(), lead, REPRODUCIBLE)))
+        await asyncio.sleep(0.5)
+        follower = asyncio.create_task(two.read(request()))
+        with pytest.raises(QueueFull):
+            await refused
+        assert (await follower).tokens == answer(request())
+
+    play(scenario)
+    play(nobody_else_here)
 
 
 def test_what_there_is_comes_before_the_error_and_no_empty_event_with_it():

@@ -425,6 +425,32 @@ def test_goodbye_lets_what_runs_end(run: Run) -> None:
     run(scenario)
 
 
+def test_nothing_new_goes_to_one_that_leaves(run: Run) -> None:
+    """Not even where the others are in trouble: they queue what comes, it refuses."""
+
+    async def scenario() -> None:
+        line = Line(QUICK)
+        await line.serve("r1")
+        found = line.found
+        await line.serve("r2")
+        line.found = [*found, *line.found]
+        line.source.problem = "restarting the ranks"
+        line.backend.start()
+        await until(lambda: len(line.backend.replicas()) == 2)
+        line.servers[0].goodbye()
+        await until(lambda: "draining" in str(line.backend.replicas()["r1"].problem))
+        line.source.delay_s = 0.05
+        running = [asyncio.create_task(tokens(line.backend, request(f"a{i}", 2))) for i in range(10)]
+        await until(lambda: len(line.source.live) == 10)
+        assert line.backend.replicas()["r1"].in_flight == 0
+        await asyncio.gather(*running)
+        await line.backend.close()
+        for server in line.servers:
+            await server.close()
+
+    run(scenario)
+
+
 def test_listens_on_the_given_address_alone(run: Run) -> None:
     async def scenario() -> None:
         async with connected() as line:

@@ -7,7 +7,7 @@ import random
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.router.last_words import GRACE_S, LastWords, Word
+from shoal.router.last_words import FORGOTTEN, GRACE_S, LastWords, Word
 from shoal.router.metrics import RouterMetrics
 from shoal.runtime.stats import Stats
 
@@ -119,15 +119,43 @@ def test_what_is_not_understood_is_left_out() -> None:
     assert b'status="200"} 1.0' in metrics.text([b"", b"\xc1", b"\x93\x01\x02\x03"])
 
 
+def test_totals_of_many_dead_are_known_to_whoever_comes_later() -> None:
+    """More of them than are remembered one by one."""
+    fleet = Fleet("old")
+    fleet.replicas = {f"r{i}": Stats(steps=1, generation_tokens=2, finished={"stop": 1}) for i in range(300)}
+    for number in range(36):
+        fleet.start(f"i{number}")
+        fleet.ingresses[f"i{number}"].answered("/x", 200)
+        fleet.ingresses[f"i{number}"].e2e.observe(0.3)
+        fleet.scrape("old")
+        del fleet.ingresses[f"i{number}"]
+        fleet.replicas = {}
+        fleet.clock += GRACE_S + 1
+    fleet.start("young")
+    told = len(fleet.ingresses["old"].tell({}))
+    fleet.scrape("young")
+    del fleet.ingresses["old"]
+    scraped = fleet.scrape("young")
+    assert total(scraped, "shoal_http_responses_total", route="/x") == 36
+    assert total(scraped, "shoal_e2e_request_latency_seconds_bucket", le="0.5") == 36
+    assert total(scraped, "shoal_generation_tokens_total") == 600
+    assert total(scraped, "shoal_request_success_total") == 300
+    assert len(fleet.ingresses["young"].tell({})) < 2 * told
+
+
 def test_last_words() -> None:
-    clock, forgotten = 1000.0, []
-    words: LastWords[str] = LastWords(keep=1, forget=forgotten.append, now=lambda: clock)
+    clock = 1000.0
+    words: LastWords[str] = LastWords(keep=1, add=str.__add__, now=lambda: clock)
     words.say("a", "a1")
     words.hear({"a": Word(999.0, "a0"), "b": Word(500.0, "b"), "c": Word(600.0, "c")})
     assert words.recent() == {"a": "a1"}  # the newer one counts
-    assert words.departed() == ["c"]
-    assert forgotten == ["b"]
+    assert words.departed() == ["c", "b"]
     words.hear({"b": Word(500.0, "b")})  # somebody else has not forgotten it yet
-    assert (words.departed(), forgotten) == (["c"], ["b"])
+    assert words.words == {"a": Word(1000.0, "a1"), "c": Word(600.0, "c"), FORGOTTEN: Word(500.0, "b")}
+    words.hear({FORGOTTEN: Word(400.0, "z")})  # nor so many
+    late: LastWords[str] = LastWords(keep=1, add=str.__add__, now=lambda: clock)
+    late.hear({"b": Word(500.0, "b")})
+    late.hear(words.words)
+    assert late.words == words.words
     words.hear({"c": Word(900.0, "c2")})  # it was only late
     assert words.recent() == {"a": "a1", "c": "c2"}

@@ -23,7 +23,7 @@ from shoal.runtime.generation import GenerationRequest, SamplingParams
 from .fakes import ANSWER, MODEL, Server, byte_level_text, request_bytes, wait_for
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-KEY, PROMPT, SALT, SECRET = "sesame-street", "zanzibar", "salted-caramel", "cluster-secret"
+KEY, PROMPT, SALT, SECRET = "sesame-street", "zanzibar", "salted-caramel", "cluster-secret" * 3
 CONFIG = RouterConfig(served_model_name=(MODEL,), api_keys=(KEY,), secret=SECRET)
 AUTH = {"authorization": f"Bearer {KEY}"}
 HI = {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}]}

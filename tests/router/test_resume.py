@@ -15,13 +15,15 @@ from prometheus_client import CollectorRegistry
 from shoal.router.backend import ReplicaLost
 from shoal.router.balance import LeastLoaded
 from shoal.router.config import RouterConfig
+from shoal.router.line_client import LineBackend
 from shoal.router.meters import ResumeMeter
 from shoal.router.resume import Resume
 from shoal.runtime import errors as e
 from shoal.runtime.generation import FinishReason, GenerationRequest, SamplingParams, StructuredOutputs, TokenEvent
 
 from . import virtual_time
-from .fleet import RESTART_S, STEP_S, Fleet, undisturbed
+from .fakes import SECRET
+from .fleet import RESTART_S, STEP_S, Fleet, LinedFleet, undisturbed
 
 
 class Station:
@@ -267,6 +269,17 @@ def test_a_log_is_refused_where_all_are_full_unless_it_was_taken_in() -> None:
     run(scenario)
 
 
+def test_one_that_gave_it_back_is_chosen_again_by_name() -> None:
+    """Where no other is ready; a trial whose place nobody knows would make suspects of its neighbours."""
+
+    async def scenario() -> None:
+        station = Station(Scripted([ReplicaLost("x"), e.QueueFull("full"), None], num_replicas=1))
+        (await station.read(request(max_tokens=3))).check()
+        assert [replica for replica, _ in station.fleet.asked] == ["r1"] * 3
+
+    run(scenario)
+
+
 def test_a_refusal_by_one_is_not_one_by_all() -> None:
     async def scenario() -> None:
         for refusal in (e.QueueFull("full"), e.Unavailable("draining")):
@@ -373,6 +386,30 @@ def test_a_poison_costs_two_replicas_and_no_other_request(position: int, size: i
         assert fleet.num_deaths == 2
         assert station.count("generations_given_up_total", reason="guilty") == 1
         assert station.count("suspects") == 0
+
+    run(scenario)
+
+
+def test_a_poison_costs_no_request_of_another_ingress() -> None:
+    """Both ingresses have suspects, and but one replica to try them on."""
+
+    async def scenario() -> None:
+        fleet = LinedFleet(2, kills=lambda asked, length: asked.seed == 99 and length >= 3)
+        lines = [LineBackend(fleet._find, secret=SECRET, rng=random.Random(i)) for i in range(2)]
+        stations = [Station(line) for line in lines]
+        for line in lines:
+            line.start()
+        await until(lambda: all(len(line.replicas()) == 2 for line in lines))
+        poison = stations[0].start(request("poison", seed=99))
+        readings = [stations[i % 2].start(request(f"l{i}", seed=i)) for i in range(24)]
+        for reading in readings:
+            (await reading).check()
+        with pytest.raises(e.RowFailed, match="two replicas"):
+            await poison
+        assert fleet.num_deaths == 2
+        for line in lines:
+            await line.close()
+        await fleet.close()
 
     run(scenario)
 

@@ -94,13 +94,27 @@ def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
     virtual_time.run(scenario, timeout_s=1000)
 
 
-def request() -> GenerationRequest:
-    return GenerationRequest(id="g", prompt=[1, 2], params=SamplingParams(max_tokens=NUM_TOKENS), seed=1)
+def request(*, trial: int = 0) -> GenerationRequest:
+    params = SamplingParams(max_tokens=NUM_TOKENS)
+    return GenerationRequest(id="g", prompt=[1, 2], params=params, seed=1, trial=trial)
 
 
-async def to_its_end(backend: LineBackend, replica: str) -> None:
-    async for _ in backend.generate(request(), replica):
-        pass
+async def to_its_end(backend: LineBackend, replica: str, *, trial: int = 0) -> list[float]:
+    """When its batches came."""
+    clock = asyncio.get_running_loop().time
+    return [clock() async for _ in backend.generate(request(trial=trial), replica)]
+
+
+@asynccontextmanager
+async def second_ingress(line: Line) -> AsyncIterator[LineBackend]:
+    backend = LineBackend(line.find, secret=SECRET, limits=LIMITS, rng=random.Random(1))
+    backend.start()
+    try:
+        while len(backend.replicas()) < 2:
+            await asyncio.sleep(0.01)
+        yield backend
+    finally:
+        await backend.close()
 
 
 def test_a_silent_replica_is_lost_and_reported() -> None:
@@ -175,5 +189,50 @@ def test_a_log_goes_on_over_the_line(how: str) -> None:
             lost = registry.get_sample_value("shoal_generations_interrupted_total", {"cause": "replica_lost"})
             assert lost == (None if how == "leaves" else 1)
             assert (line.silent != []) == (how == "falls silent")
+
+    run(scenario)
+
+
+def test_suspects_of_two_ingresses_are_tried_one_behind_the_other() -> None:
+    async def scenario() -> None:
+        async with connected() as line, second_ingress(line) as other:
+            first = asyncio.create_task(to_its_end(line.backend, "a", trial=2))
+            await asyncio.sleep(TOKEN_S / 2)
+            second = asyncio.create_task(to_its_end(other, "a", trial=2))
+            others = asyncio.create_task(to_its_end(other, "a"))
+            ours, theirs = await first, await second
+            assert ours[1] + 0.9 * TOKEN_S <= theirs[0] <= ours[1] + 1.1 * TOKEN_S  # and then beside each other
+            assert (await others)[0] < ours[1], "who is no suspect waits for nobody"
+
+    run(scenario)
+
+
+def test_who_waits_for_its_trial_is_not_to_blame() -> None:
+    """The suspect of another ingress ended the replica."""
+
+    async def scenario() -> None:
+        async with connected() as line, second_ingress(line) as other:
+            tried = asyncio.create_task(to_its_end(line.backend, "a", trial=2))
+            await asyncio.sleep(TOKEN_S / 2)
+            waiting = asyncio.create_task(to_its_end(other, "a", trial=2))
+            await asyncio.sleep(TOKEN_S)
+            await line.replicas["a"].server.close()
+            with pytest.raises(ReplicaLost):
+                await tried
+            with pytest.raises(Unavailable, match="before it began"):
+                await waiting
+
+    run(scenario)
+
+
+def test_a_suspect_that_is_left_makes_room_for_the_next() -> None:
+    async def scenario() -> None:
+        async with connected() as line, second_ingress(line) as other:
+            tried = asyncio.create_task(to_its_end(line.backend, "a", trial=2))
+            await asyncio.sleep(TOKEN_S / 2)
+            waiting = asyncio.create_task(to_its_end(other, "a", trial=2))
+            await asyncio.sleep(TOKEN_S / 10)
+            tried.cancel()
+            assert len(await waiting) == NUM_TOKENS
 
     run(scenario)

@@ -67,6 +67,17 @@ def test_a_cleared_suspect_is_like_any_other_log() -> None:
     assert lose(probation, "r2", {"a": 100, "c": 1}) == {"a": Verdict.SUSPECT, "c": Verdict.SUSPECT}
 
 
+def test_a_replica_that_is_back_under_its_name_has_another_end() -> None:
+    """Its connection broke during a trial, and it lived on: who ends it for good is a suspect."""
+    probation = Probation()
+    lose(probation, "r1", {"a": 5})
+    probation.move("a", "r2")
+    assert lose(probation, "r2", {"a": 5, "c": 1}) == {"a": Verdict.GUILTY, "c": Verdict.INNOCENT}
+    probation.clear("a")
+    probation.move("c", "r2")
+    assert lose(probation, "r2", {"c": 2}) == {"c": Verdict.SUSPECT}
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_poison_is_found_with_the_second_replica(seed: int) -> None:
     """Random fleets: logs die, are cleared and come, while one of them ends its replica at a certain length."""

@@ -344,6 +344,20 @@ async def test_draining_aborts_the_rest_at_the_deadline() -> None:
 
 
 @asynchronous
+async def test_a_drain_does_not_wait_for_a_stuck_engine() -> None:
+    """It is dead, not leaving: its logs are not handed over as if nothing were wrong with them."""
+    clock = Clock()
+    async with serving(clock=clock) as (engine, group):
+        task = await start(engine, group, forever("a"))
+        clock.now = 11.0
+        async with asyncio.timeout(1.0):
+            await engine.drain(30.0)
+            log = await task
+    assert log.last is not None
+    assert log.last.finish_reason is FinishReason.ERROR
+
+
+@asynchronous
 async def test_closing_ends_every_stream() -> None:
     engine, group = build()
     serving_engine = AsyncEngine(engine)

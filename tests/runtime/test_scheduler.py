@@ -7,10 +7,10 @@ from msgspec.structs import replace
 
 from shoal.runtime.blocks import BlockPool
 from shoal.runtime.engine import Engine
-from shoal.runtime.errors import ContextTooLong, InvalidRequest, QueueFull
+from shoal.runtime.errors import ContextTooLong, InvalidRequest, QueueFull, RowFailed
 from shoal.runtime.generation import FinishReason, GenerationRequest, SamplingParams
 from shoal.runtime.plan import StepPlan
-from shoal.runtime.policy import FirstCome, Priority
+from shoal.runtime.policy import FirstCome, Key, Priority
 from shoal.runtime.scheduler import Scheduler
 from shoal.runtime.sequence import Ending, Limits
 
@@ -355,6 +355,37 @@ def test_a_constraint_that_gives_up_fails_its_log_alone() -> None:
     last = test.logs["bad"].last
     assert last is not None
     assert (last.finish_reason, last.error) == (FinishReason.ERROR, "the grammar gave up")
+
+
+class Charged(FirstCome):
+    """Counts the generations that an account is charged with."""
+
+    num_live = 0
+
+    def key(self, request: GenerationRequest, arrival: int) -> Key:
+        self.num_live += 1
+        return super().key(request, arrival)
+
+    def ended(self, request: GenerationRequest, key: Key, num_output: int | None) -> None:
+        self.num_live -= 1
+
+
+class Impossible(Stepwise):
+    def mask(self) -> bytes | None:
+        raise RowFailed("nothing that could follow satisfies it")
+
+
+def test_the_policy_hears_of_the_end_of_all_that_it_was_asked_for() -> None:
+    policy = Charged()
+    test = Harness(limits(), num_blocks=100, block_size=4, policy=policy)
+    with pytest.raises(RowFailed):
+        test.scheduler.add(request("refused", prompt(9)), Impossible())
+    assert policy.num_live == 0
+    test.add(request("a", prompt(9)))
+    test.add(request("b", prompt(9)))
+    assert policy.num_live == 2
+    finish(test)
+    assert policy.num_live == 0
 
 
 # Pipelines
