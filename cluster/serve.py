@@ -178,7 +178,13 @@ def await_ready(config: ShoalConfig, *, port: int, board: Board) -> None:
     host = local_host(config.server.host)
     deadline = time.monotonic() + config.server.startup_timeout_s
     next_look = time.monotonic() + STATUS_POLL_S
-    while status_of(host, port, "/ready") != 200:
+    # Any of the ingresses answers: so many times in a row, and all of them have.
+    num_answers, enough = 0, 1 if config.server.ingresses == 1 else 3 * config.server.ingresses
+    while num_answers < enough:
+        if status_of(host, port, "/ready") == 200:
+            num_answers += 1
+            continue
+        num_answers = 0
         failure = board.refusal
         if not failure and (now := time.monotonic()) > next_look:
             failure, next_look = deploy_failure(), now + STATUS_POLL_S

