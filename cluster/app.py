@@ -205,7 +205,7 @@ class IngressActor:
         """Serve asks for it once `__init__` is over."""
         from ..router.api import create_app
 
-        return create_app(self.router)
+        return create_app(self.router, echoes_id=False)
 
     async def check_health(self) -> None:
         """Serve calls this, and replaces an ingress that could not be opened."""

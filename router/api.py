@@ -41,8 +41,11 @@ from .stream import Answer, respond
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
-def create_app(ingress: Ingress) -> FastAPI:
-    """The application, guarded: ready for uvicorn or for Ray Serve, also before the ingress is open."""
+def create_app(ingress: Ingress, *, echoes_id: bool = True) -> FastAPI:
+    """The application, guarded: ready for uvicorn or for Ray Serve, also before the ingress is open.
+
+    echoes_id: False where what runs it writes `x-request-id` by itself.
+    """
     app = FastAPI(title="Shoal", version=_version(), redirect_slashes=False)
     _add_routes(app, Handlers(ingress))
     app.add_exception_handler(ShoalError, _on_error)
@@ -57,6 +60,7 @@ def create_app(ingress: Ingress) -> FastAPI:
         check_open=ingress.check_open,
         on_status=ingress.metrics.answered,
         on_end=_on_end(ingress),
+        echoes_id=echoes_id,
     )
     return app
 

@@ -79,7 +79,8 @@ class Guard:
     """Raw ASGI, outermost: header limits, the key, and an envelope for whatever got past every other handler.
 
     check_open: raises while there is no model yet; then only `ALIVE_PATH` is answered. on_end: called once a request,
-    however it ended. Every answer carries the request's id, the client's own where it sent a sane one.
+    however it ended. Every answer carries the request's id, the client's own where it sent a sane one; `echoes_id` is
+    False where what runs the application writes it, as Ray Serve does.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class Guard:
         check_open: Callable[[], object],
         on_status: Callable[[str, int], None],
         on_end: Callable[[Exchange], None],
+        echoes_id: bool,
     ) -> None:
         self._app = app
         self._keys = keys
         self._check_open = check_open
         self._on_status = on_status
         self._on_end = on_end
+        self._echoes_id = echoes_id
         self._limits = config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,7 +114,8 @@ class Guard:
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.route, exchange.status = _route(scope), message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, exchange.id.encode())]
+                if self._echoes_id:
+                    message["headers"] = [*message.get("headers", ()), (REQUEST_ID, exchange.id.encode())]
                 self._on_status(exchange.route, message["status"])
             await send(message)
 
