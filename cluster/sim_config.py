@@ -89,7 +89,7 @@ class SimConfig(BaseModel):
     system_tokens: int = Field(1024, ge=1, description="Length of a system prompt, in the mean.")
     message_tokens: int = Field(64, ge=1, description="Length of a user's message, in the mean.")
     answer_tokens: int = Field(
-        32, ge=1, description="Length of an answer, in the mean. Time to simulate grows with it."
+        24, ge=1, description="Length of an answer, in the mean. Time to simulate grows with it."
     )
     think_s: float = Field(5.0, ge=0, description="Seconds between two turns of a conversation, in the mean.")
     ingresses: int = Field(2, ge=1, le=64, description="Routers, each of which knows only what it sent and was told.")
