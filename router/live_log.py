@@ -137,6 +137,7 @@ class LiveLog:
         self.name = name
         self.tape = Tape(head)
         self.readers: dict[LogReader, None] = {}
+        self.was_read = False  # by anybody, who may have left
         self.error: Exception | None = None
         self.origin: CacheStatus | None = None  # as it is for who made us look; None until that is settled
         self.age_s = 0.0
@@ -200,7 +201,8 @@ class LogReader:
         self.bell = Bell()
         self.lead = lead
         self.must_exist = must_exist
-        self.has_begun_it = not log.readers
+        self.has_begun_it = not log.was_read
+        self.found_it_whole = log.tape.end is not None
         self._request = request
         self._deadline = None if request.timeout_s is None else asyncio.get_running_loop().time() + request.timeout_s
         self._position = 0
@@ -209,6 +211,7 @@ class LogReader:
         self._late: Ending | None = None
         self._is_over = False
         log.readers[self] = None
+        log.was_read = True
 
     @property
     def left_s(self) -> float:

@@ -133,13 +133,14 @@ class LogReading:
         return [await self._reader.next()]
 
     async def settled(self) -> None:
-        """Who began a log is not who shares it."""
+        """Who began a log is not who shares it, nor who comes when it is over and on its way to the store."""
         origin = await self._reader.origin()
         if origin is None or self._is_settled:
             return
         self._is_settled = True
-        shares = origin is CacheStatus.MISS and not self._reader.has_begun_it
-        self.status = CacheStatus.SHARED if shares else origin
+        if origin is CacheStatus.MISS and not self._reader.has_begun_it:
+            origin = CacheStatus.HIT if self._reader.found_it_whole else CacheStatus.SHARED
+        self.status = origin
         self.age_s = self._reader.log.age_s
         self._meter.lookups.labels(self.status.value).inc()
 

@@ -52,6 +52,21 @@ def test_a_hundred_equal_readers_at_two_ingresses_cost_one_generation():
     play(scenario)
 
 
+def test_who_comes_right_behind_the_end_gets_a_hit():
+    """The log is on its way to the store, where nobody has looked for it yet."""
+
+    async def scenario() -> None:
+        (one,) = ingresses(1)
+        one.store.delay_s = 0.01  # type: ignore[attr-defined]
+        asked = request(length=20)
+        assert (await one.read(asked)).status is CacheStatus.MISS
+        again = await one.read(asked)
+        assert (again.status, again.tokens) == (CacheStatus.HIT, answer(asked))
+        assert len(one.model.led) == 1
+
+    play(scenario)
+
+
 def test_caches_of_several_models_count_their_flights_together():
     async def scenario() -> None:
         (one,) = ingresses(1)
