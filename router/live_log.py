@@ -16,6 +16,8 @@ from ..runtime.generation import FinishReason, GenerationRequest, TokenEvent, To
 from .cache import CacheStatus, Lead
 from .log_value import Ending, Head, Part
 
+_MOMENT_S = 0.001
+
 
 class Differs(Exception):
     """What the store says of a log is not what was read of it here."""
@@ -266,7 +268,8 @@ class LogReader:
             if error is not None:
                 self.close()
                 raise error
-            await self.bell.wait(None if self._deadline is None else max(0.0, self.left_s))
+            # A loop's timer may ring a moment early: waiting for the rest of that moment would never end at one time.
+            await self.bell.wait(None if self._deadline is None else max(_MOMENT_S, self.left_s))
             if self._deadline is not None and self.left_s <= 0 and self.log.is_live and self._late is None:
                 self.expire(f"not finished after {self._request.timeout_s:g} s (timeout)")
 
