@@ -67,16 +67,6 @@ def test_who_comes_right_behind_the_end_gets_a_hit():
     play(scenario)
 
 
-def test_a_deadline_passes_though_the_loop_s_timer_rings_a_moment_early():
-    async def scenario() -> None:
-        asyncio.get_running_loop()._clock_resolution = 0.0005  # type: ignore[attr-defined]
-        (one,) = ingresses(1, Model(step_s=100.0))
-        got = await one.read(msgspec.structs.replace(request(length=20), timeout_s=3.0))
-        assert got.events[-1].finish_reason is FinishReason.TIMEOUT
-
-    play(scenario)
-
-
 def test_caches_of_several_models_count_their_flights_together():
     async def scenario() -> None:
         (one,) = ingresses(1)
