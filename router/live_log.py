@@ -268,7 +268,7 @@ class LogReader:
             if error is not None:
                 self.close()
                 raise error
-            # A loop's timers ring up to its resolution early. Two readers that waited for such a rest in turn would keep a
+            # A loop's timers ring up to its resolution early. Two readers that waited for the rest in turn would keep a
             # virtual clock, which moves only when nothing is ready, where it is.
             await self.bell.wait(None if self._deadline is None else max(_MOMENT_S, self.left_s))
             if self._deadline is not None and self.left_s <= 0 and self.log.is_live and self._late is None:
