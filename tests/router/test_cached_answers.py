@@ -81,7 +81,7 @@ def server(redis: RedisServer) -> Iterator[CachingServer]:
 def pair(redis: RedisServer) -> Iterator[tuple[CachingServer, CachingServer]]:
     redis.ask("FLUSHALL")
     with ExitStack() as stack:
-        first, second = (stack.enter_context(CachingServer(redis, flight_lease_s=0.5)) for _ in range(2))
+        first, second = (stack.enter_context(CachingServer(redis)) for _ in range(2))
         yield first, second
 
 
