@@ -7,7 +7,6 @@ What differs between deployments (where ranks live, which cache, which balancer)
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import random
 import time
@@ -24,6 +23,7 @@ from ray import serve
 from ..router.backend import Backend, ModelInfo
 from ..router.balance import Balancer, select_balancer
 from ..router.line_client import LineBackend
+from ..router.log_key import derived
 from ..router.meters import StoreMeter
 from ..router.prefix_index import PrefixIndex
 from ..router.redis_url import parse_redis_url
@@ -76,7 +76,7 @@ def build_app(config: ShoalConfig, *, board: Path, chat_template: str | None = N
 
     board: where a replica on this machine posts how its start goes. chat_template: instead of the model's own.
     """
-    secret = hmac.digest(secret_of(config), b"line", "sha256")  # what a line's ends prove to each other
+    secret = derived(secret_of(config), b"line")  # what a line's ends prove to each other
     small = smaller(config)
     replicas = {REPLICA: _replicas(REPLICA, config, board, secret=secret)}
     if small is not None:

@@ -10,9 +10,8 @@ import typer
 
 from ..runtime.errors import ConfigError, ShoalError, StartupError
 from .config import flag_of
-from .flags import section_fields, with_flags
+from .flags import SIMULATION, section_fields, with_flags
 from .processes import Stop
-from .sim_flags import with_sim_flags
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -156,11 +155,11 @@ def bench(
 
 
 @app.command()
-@with_sim_flags
+@with_flags(section_fields(SIMULATION))
 def simulate(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    values: dict[str, Any],
+    overrides: dict[tuple[str, str], Any],
 ) -> None:
     """Compare balancers over many replicas on a virtual clock.
 
@@ -168,7 +167,7 @@ def simulate(
     """
     from .simulate import run_simulation
 
-    run_simulation(values, as_json=as_json)
+    run_simulation({name: value for (_, name), value in overrides.items()}, as_json=as_json)
 
 
 @app.command()

@@ -1,5 +1,7 @@
 """Flags made from the config models' fields: one source for the name, the type, the default and the help text.
 
+A section is one of `shoal.yaml`'s, or the simulation, which has no file.
+
 A command that lists fields gets one keyword parameter a field, all None unless given, so that a flag that was not
 typed never hides what the file says.
 """
@@ -16,12 +18,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .config import ShoalConfig, flag_of
+from .sim_config import SimConfig
 
+SIMULATION = "simulation"
 SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp"}
 
 
 def section_fields(section: str, *, skip: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """(section, field) for every field of one section of the root."""
+    """(section, field) for every field of one section."""
     return [(section, name) for name in _fields(section) if name not in skip]
 
 
@@ -50,7 +54,7 @@ def with_flags(fields: Sequence[tuple[str, str]]) -> Callable[[Callable[..., Non
 
 
 def _fields(section: str) -> dict[str, FieldInfo]:
-    model = ShoalConfig.model_fields[section].annotation
+    model = SimConfig if section == SIMULATION else ShoalConfig.model_fields[section].annotation
     assert isinstance(model, type)
     assert issubclass(model, BaseModel)
     return model.model_fields
@@ -85,9 +89,11 @@ def _plain_type(annotation: Any) -> Any:
 
 def _help(field: FieldInfo) -> str:
     default = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
-    if default is None or isinstance(default, tuple):
+    if default is None or default == ():
         return f"{field.description}"
-    if isinstance(default, bool):
+    if isinstance(default, tuple):
+        default = ",".join(default)
+    elif isinstance(default, bool):
         default = "on" if default else "off"
     elif isinstance(default, float):
         default = f"{default:g}"

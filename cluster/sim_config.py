@@ -104,8 +104,8 @@ class SimConfig(BaseModel):
     @field_validator("balancers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        """`prefix,p2c`, as a flag gives it."""
-        return value.split(",") if isinstance(value, str) else value
+        """`prefix,p2c`, as a flag gives it, or several flags."""
+        return [name for given in ([value] if isinstance(value, str) else value) for name in given.split(",")]
 
     @model_validator(mode="after")
     def _check_kills(self) -> Self:

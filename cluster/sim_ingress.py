@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..router.backend import ReplicaState
-from ..router.balance import Balancer, BalancerName, LeastLoaded, PowerOfTwo, PrefixAffinity, RoundRobin
+from ..router.balance import BalancerName, select_balancer
 from ..router.ledger import Ledger
 from ..router.prefix_index import PrefixIndex
 from ..runtime.blocks import BlockNames, Changes
@@ -39,19 +39,8 @@ class _Link:
     under_way: deque[tuple[float, int]] = field(default_factory=deque)  # when a stream arrives, and its number
 
     def state(self) -> ReplicaState:
-        ledger = self.ledger
-        return ReplicaState(
-            problem=None,
-            stats=self.stats,
-            ranks=[],
-            in_flight=self.in_flight,
-            tokens_sent=ledger.tokens_sent,
-            num_sent=ledger.num_sent,
-            prefill_sent=ledger.prefill_sent,
-            num_ended=ledger.num_ended,
-            prefill_answered=ledger.prefill_answered,
-            prefill_unanswered=ledger.prefill_unanswered,
-        )
+        corrections = self.ledger.corrections()
+        return ReplicaState(problem=None, stats=self.stats, ranks=[], in_flight=self.in_flight, **corrections)
 
 
 class ScriptIndex(PrefixIndex):
@@ -75,16 +64,7 @@ class SimIngress:
         self._changed: dict[str, None] = {}  # in order, lest a run differs from the next
         self._index = ScriptIndex()
         self.reads_names = balancer == "prefix"
-        self._balancer = self._select(balancer, rng)
-
-    def _select(self, name: BalancerName, rng: random.Random) -> Balancer:
-        if name == "prefix":
-            return PrefixAffinity(self._replicas, self._index, rng=rng)
-        if name == "p2c":
-            return PowerOfTwo(self._replicas, rng=rng)
-        if name == "least-loaded":
-            return LeastLoaded(self._replicas, rng=rng)
-        return RoundRobin(self._replicas)
+        self._balancer = select_balancer(balancer, self._replicas, self._index, rng=rng)
 
     # Replicas
 

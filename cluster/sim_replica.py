@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ..runtime.blocks import BlockPool, Changes
+from ..runtime.engine import stats_of
 from ..runtime.generation import GenerationRequest, TokenEvent
 from ..runtime.plan import StepPlan
 from ..runtime.policy import FirstCome
@@ -104,16 +105,7 @@ class SimReplica:
     def stats(self) -> Stats:
         """How things stand, as an engine would report it."""
         self._catch_up()
-        scheduler = self._scheduler
-        return Stats(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_blocks=scheduler.pool.num_blocks,
-            num_blocks_held=scheduler.pool.num_blocks - scheduler.pool.num_free,
-            block_size=scheduler.pool.block_size,
-            tokens_owed=scheduler.tokens_owed(),
-            prefill_tokens_owed=scheduler.prefill_owed(),
-        )
+        return stats_of(self._scheduler)
 
     def changes(self) -> Changes:
         """What became of the cached blocks since this was asked last."""

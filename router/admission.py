@@ -31,7 +31,10 @@ _OUTCOMES = (
 
 
 class Grant:
-    """What a tenant's rates let one request have. headers: how the tenant stands since."""
+    """What a tenant's rates let one request have. headers: how the tenant stands since.
+
+    It is open while anything runs on it: the request itself, and what it leads, which may go on for others behind it.
+    """
 
     def __init__(self, admission: Admission, tenant: Tenant, charge: Charge) -> None:
         self.headers = charge.headers
@@ -39,18 +42,26 @@ class Grant:
         self._tenant = tenant
         self._charge = charge
         self._used = 0
+        self._num_open = 1
+        self._error: Exception | None = None
+
+    def open(self) -> None:
+        """One more runs on it."""
+        self._num_open += 1
 
     def use(self, num_tokens: int) -> None:
         """So many tokens were computed for it, prompt or answer. What comes from the cache costs nothing."""
         self._used += num_tokens
 
     def close(self, error: Exception | None = None) -> None:
-        """The request has ended, with `error`: the rates get back what it did not use. Twice is once."""
-        if self._admission is not None:
+        """One has ended, with `error`. Behind the last the rates get back what was not used; any further is nothing."""
+        self._num_open -= 1
+        self._error = self._error or error
+        if self._admission is not None and self._num_open <= 0:
             # Never above the charge: what the limits have no room for any more could not be taken at all.
             used = min(self._used, self._charge.tokens)
-            self._admission._settle(self._charge, used=used, served=error is None or used > 0)
-            self._admission._count(self._tenant, error)
+            self._admission._settle(self._charge, used=used, served=self._error is None or used > 0)
+            self._admission._count(self._tenant, self._error)
             self._admission = None
 
 

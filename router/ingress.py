@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from functools import partial
 from typing import NamedTuple
@@ -63,26 +63,6 @@ class Launch(NamedTuple):
         if degraded := self.asked.job.degraded:
             headers[DEGRADED] = ", ".join(f"{what}={limit}" for what, limit in degraded.items())
         return headers
-
-
-class Bill:
-    """A grant while anything runs on it: the flight, and what it leads, which may go on for others when it is over."""
-
-    def __init__(self, grant: Grant) -> None:
-        self.grant = grant
-        self._error: Exception | None = None
-        self._num_open = 1
-
-    def open(self) -> None:
-        """One more runs on it."""
-        self._num_open += 1
-
-    def close(self, error: Exception | None = None) -> None:
-        """One has ended; `error`: the flight's."""
-        self._error = self._error or error
-        self._num_open -= 1
-        if not self._num_open:
-            self.grant.close(self._error)
 
 
 class Ingress:
@@ -167,19 +147,21 @@ class Ingress:
 
     async def chat(self, body: ChatRequest, tenant: Tenant, asks: Asks) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
-        model, given_up = self._choose(body, tenant, asks)
-        prepare = Preparer(model.text, model.info, self.config, given_up=given_up, timeout_s=asks.timeout_s)
-        job = await prepare.chat(body, id=uuid.uuid4().hex, tenant=self._as_asked(body, tenant))
-        id = f"chatcmpl-{self._answer_id(tenant, asks)}"
-        asked = Asked(id, job, model, tenant, self._caching(body, tenant, asks))
-        return await self._launch(asked, received=_received(job, body, asks))
+        return await self._take(body, tenant, asks, kind="chatcmpl", read=partial(Preparer.chat, body=body))
 
     async def completion(self, body: CompletionRequest, tenant: Tenant, asks: Asks) -> Launch:
         """Raises RequestError, Unavailable: then nothing has run."""
+        return await self._take(body, tenant, asks, kind="cmpl", read=partial(Preparer.completion, body=body))
+
+    async def _take(
+        self, body: SamplingBody, tenant: Tenant, asks: Asks, *, kind: str, read: Callable[..., Awaitable[Job]]
+    ) -> Launch:
+        """`read`: how a preparer makes a job of such a body. kind: of answer, as its id says it."""
         model, given_up = self._choose(body, tenant, asks)
         prepare = Preparer(model.text, model.info, self.config, given_up=given_up, timeout_s=asks.timeout_s)
-        job = await prepare.completion(body, id=uuid.uuid4().hex, tenant=self._as_asked(body, tenant))
-        id = f"cmpl-{self._answer_id(tenant, asks)}"
+        as_asked = msgspec.structs.replace(tenant, salt=self._salt(body, tenant))
+        job = await read(prepare, id=uuid.uuid4().hex, tenant=as_asked)
+        id = f"{kind}-{self._answer_id(tenant, asks)}"
         asked = Asked(id, job, model, tenant, self._caching(body, tenant, asks))
         return await self._launch(asked, received=_received(job, body, asks))
 
@@ -249,8 +231,8 @@ class Ingress:
         began = self._clock()
         job, model = asked.job, asked.model
         outputs = [model.text.output(request.params) for request in job.requests]
-        bill = Bill(await self.admission.grant(asked.tenant, tokens=job.most_tokens()))
-        # Nothing below may fail: the flight closes the bill.
+        grant = await self.admission.grant(asked.tenant, tokens=job.most_tokens())
+        # Nothing below may fail: the flight closes the grant.
         for rung in job.degraded:
             self.admission.degraded(rung)
         choices = [
@@ -262,33 +244,33 @@ class Ingress:
             self.metrics.landed(choice, event, began)
 
         def ended() -> None:
-            bill.close(flight.error)
+            grant.close(flight.error)
             self._flights.discard(flight)
             self.metrics.e2e.observe(self._clock() - began)
 
         def read(choice: Choice) -> Reading:
-            lead = partial(self._lead, asked=asked, bill=bill, told=choice.attempts.append)
+            lead = partial(self._lead, asked=asked, grant=grant, told=choice.attempts.append)
             return model.cache.open(choice.request, lead, _of_choice(asked.caching, choice.index))
 
         flight = Flight(choices, read, on_event=landed, on_end=ended)
         self._flights.add(flight)
         flight.start()
-        return Launch(asked=asked, flight=flight, limits=bill.grant.headers)
+        return Launch(asked=asked, flight=flight, limits=grant.headers)
 
     async def _lead(
         self,
         request: GenerationRequest,
         *,
         asked: Asked,
-        bill: Bill,
+        grant: Grant,
         told: Callable[[str | None], None],
     ) -> AsyncIterator[list[TokenEvent]]:
         """Make the log, or go on with it, once there is a place: in the time that the request has from now."""
         assert request.timeout_s is not None, "every request is prepared with one"
         deadline = self._clock() + request.timeout_s
         with ExitStack() as stack:
-            bill.open()
-            stack.callback(bill.close)
+            grant.open()
+            stack.callback(grant.close)
             place = await self.admission.place(
                 asked.tenant,
                 priority=request.priority,
@@ -296,13 +278,13 @@ class Ingress:
                 timeout_s=request.timeout_s,
             )
             stack.callback(place.close)
-            bill.grant.use(len(request.prompt))
+            grant.use(len(request.prompt))
             request = msgspec.structs.replace(request, timeout_s=max(0.001, deadline - self._clock()))
             async with aclosing(asked.model.resume.follow(request, on_attempt=told)) as batches:
                 async for batch in batches:
                     num_tokens = sum(len(event.tokens) for event in batch)
                     place.charge(num_tokens)
-                    bill.grant.use(num_tokens)
+                    grant.use(num_tokens)
                     yield batch
 
     def _answer_id(self, tenant: Tenant, asks: Asks) -> str:
@@ -338,9 +320,6 @@ class Ingress:
             idempotency=idempotency,
             resumes=asks.received is not None,
         )
-
-    def _as_asked(self, body: SamplingBody, tenant: Tenant) -> Tenant:
-        return msgspec.structs.replace(tenant, salt=self._salt(body, tenant))
 
     def _salt(self, body: SamplingBody, tenant: Tenant) -> str:
         return (

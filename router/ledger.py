@@ -21,7 +21,7 @@ class _Debt(msgspec.Struct):
 
 
 class Ledger:
-    """Streams are numbered from 1. The fields are `ReplicaState`'s.
+    """Streams are numbered from 1.
 
     A prefix that was sent counts as cached until the replica has had the time to say so itself: it publishes a block
     with the step that computes it, so what has answered before one beat is known by the next.
@@ -40,6 +40,17 @@ class Ledger:
         self._received = 0  # the last stream that the replica's word counts
         self._answered: list[Promise] = []  # since the last beat,
         self._kept: list[Promise] = []  # and before it
+
+    def corrections(self) -> dict[str, int]:
+        """What `ReplicaState` says beside the replica's own word."""
+        return {
+            "num_sent": self.num_sent,
+            "tokens_sent": self.tokens_sent,
+            "prefill_sent": self.prefill_sent,
+            "num_ended": self.num_ended,
+            "prefill_answered": self.prefill_answered,
+            "prefill_unanswered": self.prefill_unanswered,
+        }
 
     def sent(self, stream: int, request: GenerationRequest) -> None:
         spared, promise = self._index.send(request, self._replica)

@@ -303,12 +303,7 @@ class _Link:
             stats=self.beat.status.stats,
             ranks=self.beat.status.ranks,
             in_flight=len(self._streams),
-            num_sent=self._ledger.num_sent,
-            tokens_sent=self._ledger.tokens_sent,
-            prefill_sent=self._ledger.prefill_sent,
-            num_ended=self._ledger.num_ended,
-            prefill_answered=self._ledger.prefill_answered,
-            prefill_unanswered=self._ledger.prefill_unanswered,
+            **self._ledger.corrections(),
             heard_s=self._loop.time() - self.wire.heard_at,
         )
 

@@ -7,6 +7,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
+import msgspec
+
 from ..parallel.group import GroupFailure, GroupStartError, RankInfo, WorkerGroup
 from .blocks import Changes
 from .errors import EngineDead
@@ -182,25 +184,10 @@ class Engine:
 
     def stats(self) -> Stats:
         """How things stand. O(live generations)."""
-        scheduler, counters = self._scheduler, self._scheduler.counters
-        return Stats(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_blocks=scheduler.pool.num_blocks,
-            num_blocks_held=scheduler.pool.num_blocks - scheduler.pool.num_free,
-            block_size=scheduler.pool.block_size,
-            tokens_owed=scheduler.tokens_owed(),
-            prefill_tokens_owed=scheduler.prefill_owed(),
-            prompt_tokens=counters.prompt_tokens,
-            generation_tokens=counters.generation_tokens,
-            prefix_query_tokens=counters.prefix_query_tokens,
-            prefix_hit_tokens=counters.prefix_hit_tokens,
-            preemptions=counters.preemptions,
+        return msgspec.structs.replace(
+            stats_of(self._scheduler),
             restarts=self._num_restarts,
             rank_failures=dict(self._rank_failures),
-            quarantined=counters.quarantined,
-            poisoned=counters.poisoned,
-            finished=dict(counters.finished),
             steps=self._num_steps,
             host_s=self._host_s,
             device_s=self._device_s,
@@ -218,3 +205,25 @@ class Engine:
         """End the ranks. Idempotent."""
         self._death = self._death or EngineDead("the engine was closed")
         self._group.close()
+
+
+def stats_of(scheduler: Scheduler) -> Stats:
+    """What a scheduler knows of how things stand; nothing of ranks and steps. O(live generations)."""
+    pool, counters = scheduler.pool, scheduler.counters
+    return Stats(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        num_blocks=pool.num_blocks,
+        num_blocks_held=pool.num_blocks - pool.num_free,
+        block_size=pool.block_size,
+        tokens_owed=scheduler.tokens_owed(),
+        prefill_tokens_owed=scheduler.prefill_owed(),
+        prompt_tokens=counters.prompt_tokens,
+        generation_tokens=counters.generation_tokens,
+        prefix_query_tokens=counters.prefix_query_tokens,
+        prefix_hit_tokens=counters.prefix_hit_tokens,
+        preemptions=counters.preemptions,
+        quarantined=counters.quarantined,
+        poisoned=counters.poisoned,
+        finished=dict(counters.finished),
+    )
