@@ -117,8 +117,8 @@ class PrefixAffinity:
         if len(equals) == 1:
             return in_turn
         other = equals[(self._turn + self._rng.randrange(1, len(equals))) % len(equals)]
-        clearly = cost(ready[in_turn], 0) - NOISE * uncached
-        return other if cost(ready[other], 0) < clearly else in_turn
+        clearly = cost(ready[in_turn], uncached) - NOISE * uncached
+        return other if cost(ready[other], uncached) < clearly else in_turn
 
     def _by_spared(self, request: GenerationRequest, ready: Mapping[str, ReplicaState]) -> dict[int, list[str]]:
         """Tokens of the log that a cache spares -> the ready replicas where it does."""
