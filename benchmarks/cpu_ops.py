@@ -10,17 +10,19 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from shoal.kernels.cpu import CpuOps
 from shoal.kernels.cpu_native import NativeCpuOps
-from shoal.kernels.native import Native, load_native
-from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, KVLayer, SamplingBatch
+from shoal.kernels.native import DecodeShape, Native, decode_shape, load_native
+from shoal.kernels.native_layer import DecodeRows, NativeAttend, NativeMlp, NormWeight, PackedWeight
+from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, HeadSpec, KVLayer, Rotation, SamplingBatch
 from shoal.kernels.reference import ReferenceOps
-from shoal.parallel.native import NativeInt4Linear
-from shoal.parallel.quant import DenseLinear, Int4Linear, LinearMethod, _read_q4_blocks, probe_int4_layout
+from shoal.parallel.codes import Codes, Kind
+from shoal.parallel.int4 import Int4Linear, probe_int4_layout
+from shoal.parallel.native import NativeInt4Linear, NativeInt8Linear
+from shoal.parallel.native_head import NativeHead
+from shoal.parallel.quant import DenseLinear, HalfLinear, LinearMethod
 
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 HIDDEN, MLP, HEADS, KV_HEADS, DIM, VOCAB, PAGE, PAGES = 576, 1536, 9, 3, 64, 49152, 16, 2048
@@ -100,24 +102,31 @@ def small_rows(all_ops: AllOps, tokens: int) -> None:
         compare(f"{name}, {tokens} tokens", {who: partial(call, ops) for who, ops in all_ops.items()})
 
 
-def q4_layer(native: Native | None, blocks: NDArray[np.uint8], in_features: int) -> LinearMethod:
-    if native is not None:
-        return NativeInt4Linear(native, partial(_read_q4_blocks, "Q4_1"), [blocks], in_features)
+def make_codes(rows: int, columns: int, kind: Kind) -> Codes:
+    scale_FG = torch.rand(rows, columns // 32) / 100
+    if kind is Kind.INT8:
+        return Codes(torch.randint(-128, 128, (rows, columns), dtype=torch.int8), scale_FG, None, 32, columns)
+    return Codes(torch.randint(0, 16, (rows, columns), dtype=torch.uint8), scale_FG, scale_FG + 7, 32, columns)
+
+
+def linear_makers(native: Native | None) -> dict[str, Callable[[int, int], LinearMethod]]:
     layout = probe_int4_layout()
     assert layout is not None, "torch packs int4 in a way we do not know on this CPU"
-    return Int4Linear("Q4_1", [blocks], in_features, layout)
+    makers: dict[str, Callable[[int, int], LinearMethod]] = {
+        "torch 4-bit": lambda n, k: Int4Linear(make_codes(n, k, Kind.INT4), layout),
+        "dense": lambda n, k: DenseLinear(torch.randn(n, k).to(DTYPE)),
+    }
+    if native is not None:
+        makers["4-bit"] = lambda n, k: NativeInt4Linear(native, make_codes(n, k, Kind.INT4))
+        makers["8-bit"] = lambda n, k: NativeInt8Linear(native, make_codes(n, k, Kind.INT8))
+    return makers
 
 
 def linear_rows(native: Native | None) -> None:
-    rng = np.random.default_rng(0)
-    blocks = [rng.integers(0, 100, (n, k // 32 * 20), np.uint8) for n, k in LINEARS]
-    layers: dict[str, list[LinearMethod]] = {
-        who: [q4_layer(how, b, k) for _ in range(LAYERS) for b, (_, k) in zip(blocks, LINEARS, strict=True)]
-        for who, how in {"native": native, "torch": None}.items()
-        if who == "torch" or how is not None
+    layers = {
+        who: [make(n, k) for _ in range(LAYERS) for n, k in LINEARS] for who, make in linear_makers(native).items()
     }
-    layers["dense"] = [DenseLinear(torch.randn(n, k).to(DTYPE)) for _ in range(LAYERS) for n, k in LINEARS]
-    for tokens in (1, 8, 32, Int4Linear.UNPACK_FROM - 1, Int4Linear.UNPACK_FROM, 512):
+    for tokens in (1, 8, 32, 128, 512):
         inputs = {k: torch.randn(tokens, k).to(DTYPE) for _, k in LINEARS}
 
         def run(methods: list[LinearMethod], inputs: dict[int, torch.Tensor] = inputs) -> None:
@@ -126,6 +135,49 @@ def linear_rows(native: Native | None) -> None:
 
         name = f"linears of {LAYERS} layers, {tokens} tokens (bf16)"
         compare(name, {who: partial(run, methods) for who, methods in layers.items()})
+
+
+def head_rows(native: Native | None) -> None:
+    codes = make_codes(VOCAB, HIDDEN, Kind.INT8)
+    heads: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"16-bit": HalfLinear(codes.dense()).apply}
+    if native is not None:
+        heads["8-bit"] = NativeHead(native, codes).logits
+    for rows in (1, 4, 8, 32):
+        x = torch.randn(rows, HIDDEN)
+        compare(f"head of {rows} rows (float32)", {who: partial(logits, x) for who, logits in heads.items()})
+
+
+def layer_rows(native: Native) -> None:
+    """A decoder layer's halves in one call each, against one call an operation."""
+    ops, norm = NativeCpuOps(CPU, native), NormWeight(torch.rand(HIDDEN), 1e-5)
+    qkv, out, up, down = (NativeInt4Linear(native, make_codes(n, k, Kind.INT4)) for n, k in LINEARS)
+    packed = [PackedWeight(m.packed, 4, m.out_features, m.in_features) for m in (qkv, out, up, down)]
+    heads = HeadSpec(HEADS, KV_HEADS, None, Rotation(torch.randn(1024, DIM), interleaved=False))
+    spec = AttentionSpec(scale=DIM**-0.5)
+    cache = KVLayer(*(torch.randn(PAGES, KV_HEADS, PAGE, DIM).to(DTYPE) for _ in range(2)))
+    mlp = NativeMlp(native, norm, up=packed[2], down=packed[3])
+    attend = NativeAttend(native, norm, qkv=packed[0], out=packed[1], heads=heads)
+    for tokens in (1, 8, 32):
+        batch = make_batch([1] * tokens, [200] * tokens)
+        positions, slots = torch.full((tokens,), 199), batch.block_table_SP[:, 12].long() * PAGE + 7
+        shape = decode_shape(cache, batch, spec, heads=HEADS, query_stride=qkv.out_features)
+        rows = DecodeRows(positions.data_ptr(), slots.data_ptr())
+        delta, residual = torch.zeros(tokens, HIDDEN, dtype=DTYPE), torch.randn(tokens, HIDDEN)
+
+        def apart(positions: torch.Tensor = positions, slots: torch.Tensor = slots, batch: AttentionBatch = batch,
+                  delta: torch.Tensor = delta, residual: torch.Tensor = residual) -> None:  # fmt: skip
+            x = ops.add_rms_norm(delta, residual, norm.weight_D, eps=norm.eps)
+            qkv_TNE = qkv.apply(x).view(len(x), -1, DIM)
+            q = ops.rotate_and_store(qkv_TNE, cache, heads, positions_T=positions, slots_T=slots)
+            attended = out.apply(ops.attention(q, cache, batch, spec).flatten(1))
+            x = ops.add_rms_norm(attended, residual, norm.weight_D, eps=norm.eps)
+            down.apply(ops.gated_activation(up.apply(x), Activation.SILU))
+
+        def fused(rows: DecodeRows = rows, shape: DecodeShape = shape,
+                  delta: torch.Tensor = delta, residual: torch.Tensor = residual) -> None:  # fmt: skip
+            mlp(attend(delta, residual, cache, rows=rows, shape=shape), residual)
+
+        compare(f"layer, {tokens} tokens after 200", {"halves": fused, "apart": apart})
 
 
 def sampling_rows(all_ops: AllOps) -> None:
@@ -164,10 +216,13 @@ def main() -> None:
     if native is not None:
         all_ops = {"native": NativeCpuOps(CPU, native), **all_ops}
     with torch.inference_mode():
+        if native is not None:
+            layer_rows(native)
         for tokens in (1, 32, 512):
             small_rows(all_ops, tokens)
         attention_rows(all_ops)
         linear_rows(native)
+        head_rows(native)
         sampling_rows(all_ops)
 
 

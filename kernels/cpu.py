@@ -72,7 +72,7 @@ class CpuOps(ReferenceOps):
         return apply_activation(x_TF, activation)
 
     def write_kv(self, k_TKE: Tensor, v_TKE: Tensor, cache: KVLayer, slots_T: Tensor) -> None:
-        if not (cache.k_NKBE.is_contiguous() and cache.v_NKBE.is_contiguous()):
+        if not is_plain(cache):
             return super().write_kv(k_TKE, v_TKE, cache, slots_T)
         rows_TK, stored = self._slots.at(slots_T, cache.k_NKBE.shape)
         for new, pages in ((k_TKE, cache.k_NKBE), (v_TKE, cache.v_NKBE)):
@@ -80,10 +80,17 @@ class CpuOps(ReferenceOps):
             pages.view(-1, pages.shape[-1])[rows_TK] = new.to(pages.dtype)
         return None
 
-    def attention(self, q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec) -> Tensor:
-        contiguous = cache.k_NKBE.is_contiguous() and cache.v_NKBE.is_contiguous()
-        if spec.softcap is not None or not contiguous:
-            return super().attention(q_THE, cache, batch, spec)
+    def attention(
+        self,
+        q_THE: Tensor,
+        cache: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+        *,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        if spec.softcap is not None or sinks_H is not None or not is_plain(cache):
+            return super().attention(q_THE, cache, batch, spec, sinks_H=sinks_H)
         if batch is not self._batch:  # held, so that no later batch can be taken for it
             # Padding rows (no tokens) come with captured graphs only: left to the plain path.
             self._batch, self._plans = batch, {}
@@ -113,6 +120,11 @@ class CpuOps(ReferenceOps):
             scores, columns = draw_rows(logits_RV, sampling, score_R, columns_R, first_id=first_id, threshold_R=kept_R)
             score_R, columns_R = torch.tensor(scores), torch.tensor(columns, dtype=torch.int64)
         return Draw(score_R, columns_R + first_id)
+
+
+def is_plain(cache: KVLayer) -> bool:
+    """Numbers as they are, side by side: what the fast paths read and write."""
+    return cache.k_scale_NKB is None and cache.k_NKBE.is_contiguous() and cache.v_NKBE.is_contiguous()
 
 
 def _joined(q_THE: Tensor, k_TKE: Tensor) -> tuple[Tensor, ...]:

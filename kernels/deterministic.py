@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu import CpuOps
+from .cpu import CpuOps, is_plain
 from .cpu_attention import Shape
 from .ops import Activation, AttentionBatch, AttentionSpec, KVLayer
 from .reference import apply_activation, attend, gather_pages
@@ -60,10 +60,18 @@ class DeterministicCpuOps(CpuOps):
         apart = x_TF.new_empty(*x_TF.shape, 2)[..., 0].copy_(x_TF)
         return apply_activation(apart, activation).contiguous()
 
-    def attention(self, q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec) -> Tensor:
-        contiguous = cache.k_NKBE.is_contiguous() and cache.v_NKBE.is_contiguous()
-        if spec.softcap is not None or not contiguous or 0 in batch.kv_lens or 0 in batch.query_lens:
-            return _one_by_one(q_THE, cache, batch, spec)
+    def attention(
+        self,
+        q_THE: Tensor,
+        cache: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+        *,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        special = spec.softcap is not None or sinks_H is not None or not is_plain(cache)
+        if special or 0 in batch.kv_lens or 0 in batch.query_lens:
+            return _one_by_one(q_THE, cache, batch, spec, sinks_H)
         if batch is not self._step:  # held, so that no later batch can be taken for it
             self._step, self._gathers = batch, {}
         _, kv_heads, page_size, _ = cache.k_NKBE.shape
@@ -74,7 +82,9 @@ class DeterministicCpuOps(CpuOps):
         return run_attention(q_THE, cache, plan, spec.scale)
 
 
-def _one_by_one(q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec) -> Tensor:
+def _one_by_one(
+    q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec, sinks_H: Tensor | None
+) -> Tensor:
     """Each token over exactly the keys up to its own: the plain way, for what the flash kernel cannot do."""
     out_THE = torch.zeros(q_THE.shape, dtype=q_THE.dtype)
     token = 0
@@ -82,6 +92,6 @@ def _one_by_one(q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: Atte
         for seen in range(kv_len - query_len + 1, kv_len + 1):
             if kv_len:  # a padding row of a captured graph has no tokens: zeros
                 one = slice(token, token + 1)
-                out_THE[one] = attend(q_THE[one], *gather_pages(cache, row_P, seen), spec)
+                out_THE[one] = attend(q_THE[one], *gather_pages(cache, row_P, seen), spec, sinks_H=sinks_H)
             token += 1
     return out_THE

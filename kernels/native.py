@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .native_build import UnavailableError, build_library
-from .ops import KVLayer
+from .ops import AttentionBatch, AttentionSpec, KVLayer
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +35,85 @@ class DecodeShape(Structure):
     )
 
 
+class PrefillShape(Structure):
+    """`PrefillShape` of prefill.cpp, where its fields are explained."""
+
+    _fields_ = (
+        ("table", c_void_p),
+        *((name, c_long) for name in ("tokens", "keys", "heads", "kv_heads", "dim", "page_size", "query_stride")),
+        ("window", c_long),
+        ("scale", c_float),
+        ("softcap", c_float),
+    )
+
+
+def decode_shape(
+    cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec, *, heads: int, query_stride: int
+) -> DecodeShape:
+    """Of the batch's sequences with one new token. Points into the batch's tensors: they must outlive it."""
+    table_SP, lens_S = batch.block_table_SP, batch.kv_lens_S
+    assert table_SP.dtype is lens_S.dtype is torch.int32, "the kernel reads 32-bit integers"
+    assert table_SP.stride(1) == lens_S.stride(0) == 1, "the kernel reads them side by side"
+    _, kv_heads, page_size, dim = cache.k_NKBE.shape
+    return DecodeShape(
+        table=table_SP.data_ptr(),
+        lens=lens_S.data_ptr(),
+        seqs=batch.num_decodes,
+        table_stride=table_SP.stride(0),
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        page_size=page_size,
+        query_stride=query_stride,
+        window=spec.window or 0,
+        max_len=max(batch.kv_lens[: batch.num_decodes], default=0),
+        scale=spec.scale,
+        softcap=spec.softcap or 0.0,
+    )
+
+
+def prefill_shapes(
+    cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec, *, heads: int, query_stride: int
+) -> list[PrefillShape]:
+    """Of the batch's other sequences, one by one; they point into its table."""
+    table_SP = batch.block_table_SP
+    _, kv_heads, page_size, dim = cache.k_NKBE.shape
+    return [
+        PrefillShape(
+            table=table_SP.data_ptr() + seq * table_SP.stride(0) * table_SP.element_size(),
+            tokens=batch.query_lens[seq],
+            keys=batch.kv_lens[seq],
+            heads=heads,
+            kv_heads=kv_heads,
+            dim=dim,
+            page_size=page_size,
+            query_stride=query_stride,
+            window=spec.window or 0,
+            scale=spec.scale,
+            softcap=spec.softcap or 0.0,
+        )
+        for seq in range(batch.num_decodes, len(batch.kv_lens))
+    ]
+
+
+class Weight(Structure):
+    """`Weight` of product.h, where its fields are explained."""
+
+    _fields_ = (("data", c_void_p), *((name, c_long) for name in ("bits", "inputs", "outputs", "group")))
+
+
 class Native:
     """The library's functions. Has no state: results depend on the arguments alone."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointers = [c_void_p] * 6
-        self._q4 = _declared(library.shoal_q4_product, pointers[:4])
-        self._write_kv = _declared(library.shoal_write_kv, pointers)
+        pointers: list[Any] = [c_void_p] * 7
+        self._product = _declared(library.shoal_product, [*pointers[:3], c_long, c_long])
+        self._logits = _declared(library.shoal_q8_logits, [*pointers[:3], c_long, c_long])
+        self._write_kv = _declared(library.shoal_write_kv, pointers[:6])
+        self.mlp_half = _declared(library.shoal_mlp, [*pointers[:3], c_long])
+        self.attend_half = _declared(library.shoal_attend, pointers)
         self._decode = _by_dtype(library, "decode", pointers[:5])
+        self._prefill = _declared(library.shoal_prefill, pointers[:5])
         self._norm = _by_dtype(library, "norm", [*pointers[:4], c_float, c_void_p])
         self._rope = _by_dtype(library, "rope", pointers[:5])
         self._swiglu = _by_dtype(library, "swiglu", pointers[:3])
@@ -54,16 +125,39 @@ class Native:
 
     def q4_product(self, x_TD: Tensor, packed: Tensor, out_features: int) -> Tensor:
         """`x @ W.T` in bfloat16 [T, out_features]; `packed` as `pack_q4` makes it, x's last dim contiguous."""
-        tokens, in_features = x_TD.shape
-        y_TF = torch.empty(tokens, out_features, dtype=torch.bfloat16)
-        shape = (c_long * 4)(tokens, x_TD.stride(0), in_features, out_features)
-        self._q4(y_TF.data_ptr(), x_TD.data_ptr(), packed.data_ptr(), shape)
+        return self._multiply(x_TD, Weight(packed.data_ptr(), 4, x_TD.shape[1], out_features, STEP))
+
+    def q8_product(self, x_TD: Tensor, packed: Tensor, out_features: int) -> Tensor:
+        """`x @ W.T` in bfloat16 [T, out_features]; `packed` as `pack_q8` makes it, x's last dim contiguous."""
+        columns = x_TD.shape[1]
+        return self._multiply(x_TD, Weight(packed.data_ptr(), 8, columns, out_features, columns // packed.shape[1]))
+
+    def q8_logits(self, x_RD: Tensor, packed: Tensor, out_features: int) -> Tensor:
+        """`x @ W.T` in float32 throughout, [R, out_features]; x's last dim contiguous, W as `pack_q8` makes it.
+
+        Each row's sums have one order in any company.
+        """
+        rows, columns = x_RD.shape
+        y_RF = torch.empty(rows, out_features)
+        weight = Weight(packed.data_ptr(), 8, columns, out_features, columns // packed.shape[1])
+        self._logits(y_RF.data_ptr(), x_RD.data_ptr(), byref(weight), rows, x_RD.stride(0))
+        return y_RF
+
+    def _multiply(self, x_TD: Tensor, weight: Weight) -> Tensor:
+        y_TF = torch.empty(x_TD.shape[0], weight.outputs, dtype=torch.bfloat16)
+        self._product(y_TF.data_ptr(), x_TD.data_ptr(), byref(weight), x_TD.shape[0], x_TD.stride(0))
         return y_TF
 
     def decode_attention(self, out_SHE: Tensor, q_SHE: Tensor, cache: KVLayer, shape: DecodeShape) -> None:
         """Attention of one token a sequence into `out_SHE`, contiguous. All of one dtype, the cache contiguous."""
         self._decode[q_SHE.dtype](
             out_SHE.data_ptr(), q_SHE.data_ptr(), cache.k_NKBE.data_ptr(), cache.v_NKBE.data_ptr(), byref(shape)
+        )
+
+    def prefill_attention(self, out_QHE: Tensor, q_QHE: Tensor, cache: KVLayer, shape: PrefillShape) -> None:
+        """Attention of one sequence's new tokens into `out_QHE`, contiguous. All bfloat16, dim a multiple of 32."""
+        self._prefill(
+            out_QHE.data_ptr(), q_QHE.data_ptr(), cache.k_NKBE.data_ptr(), cache.v_NKBE.data_ptr(), byref(shape)
         )
 
     def rms_norm(
@@ -119,6 +213,9 @@ def _declared(function: Any, arguments: list[Any]) -> Any:
 TILE_ROWS = 32
 """Weights are padded to this many rows: what one task of the product computes."""
 
+STEP = 32
+"""Columns that share a scale at least, and of which a weight has a multiple."""
+
 
 def pack_q4(nibbles_FD: Tensor, scale_FG: Tensor, minimum_FG: Tensor) -> Tensor:
     """Weights `scale * nibble + minimum` in the product's own form: uint8 [F / 32, D / 32, 2, 320], see q4.cpp.
@@ -136,6 +233,35 @@ def pack_q4(nibbles_FD: Tensor, scale_FG: Tensor, minimum_FG: Tensor) -> Tensor:
     pairs = digits[..., 0, :] | digits[..., 1, :] << 4
     packed[..., 64:] = pairs.permute(0, 3, 1, 4, 2, 6, 5).reshape(tiles, groups, 2, 256)
     return packed
+
+
+def pack_q8(codes_FD: Tensor, scale_FG: Tensor) -> Tensor:
+    """Weights `scale * code` in the product's own form: uint8 [F / 32, G, 128 + 32 * D / G], see q8.cpp.
+
+    codes: ints -128 to 127, F a multiple of `TILE_ROWS`. Scales are kept in float32; each is for D / G columns, which
+    must be a multiple of `STEP`.
+    """
+    rows, columns = codes_FD.shape
+    tiles, groups = rows // TILE_ROWS, scale_FG.shape[1]
+    size = columns // groups
+    packed = torch.empty(tiles, groups, TILE_ROWS * (4 + size), dtype=torch.uint8)
+    scales = scale_FG.float().view(tiles, TILE_ROWS, groups).transpose(1, 2).contiguous()
+    packed[..., : 4 * TILE_ROWS] = scales.view(torch.uint8)
+    # [tile, row, group, pair, column] -> [tile, group, pair, row, column]
+    pairs = codes_FD.to(torch.int8).view(tiles, TILE_ROWS, groups, size // 2, 2).permute(0, 2, 3, 1, 4)
+    packed[..., 4 * TILE_ROWS :] = pairs.reshape(tiles, groups, -1).view(torch.uint8)
+    return packed
+
+
+def q8_rows(packed: Tensor, ids_T: Tensor) -> Tensor:
+    """The given rows of a matrix that `pack_q8` made, dequantised: float32 [T, D]."""
+    tiles, groups, size = packed.shape
+    pairs = (size // TILE_ROWS - 4) // 2
+    tile_T, row_T = ids_T // TILE_ROWS, ids_T % TILE_ROWS
+    scale_TG = packed[..., : 4 * TILE_ROWS].view(torch.float32)[tile_T, :, row_T]
+    codes = packed[..., 4 * TILE_ROWS :].view(torch.int8).view(tiles, groups, pairs, TILE_ROWS, 2)
+    rows_TD: Tensor = codes[tile_T, :, :, row_T].flatten(2) * scale_TG[..., None]
+    return rows_TD.flatten(1)
 
 
 @cache

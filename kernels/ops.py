@@ -2,12 +2,13 @@
 
 Shape letters, used here and wherever tensors meet:
     T  tokens of this step, all sequences one after the other     S  sequences of this step
-    R  rows that sample (at most one a sequence today)            V  vocabulary
+    R  rows that sample (one a sequence, and one a guess)            V  vocabulary
     D  hidden                                                      F  MLP columns
     H  query heads     K  key/value heads     E  head dim          L  logprobs asked for, at most
     N  pages (KV blocks) of the whole cache   B  slots in a page   P  pages in a block-table row
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -24,11 +25,21 @@ class Activation(Enum):
     RELU = "relu"
 
 
-class KVLayer(NamedTuple):
-    """One layer's paged cache. A token lives at `page = slot // B`, `offset = slot % B`."""
+@dataclass(frozen=True, slots=True, eq=False)
+class KVLayer:
+    """One layer's paged cache. A token lives at `page = slot // B`, `offset = slot % B`.
+
+    Where the cache has 8-bit codes (`kv_codes.py`), a token's head is `codes * scale`, for keys and for values.
+    """
 
     k_NKBE: Tensor
     v_NKBE: Tensor
+    k_scale_NKB: Tensor | None = None  # float32; None: numbers are stored as they are
+    v_scale_NKB: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Keys, then values, as they are stored."""
+        return iter((self.k_NKBE, self.v_NKBE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +56,39 @@ class AttentionSpec:
     softcap: float | None = None
 
 
+class HeadNorms(NamedTuple):
+    """RMS norms of each query and each key head alone."""
+
+    q_weight_E: Tensor  # float32, one for all heads
+    k_weight_E: Tensor
+    eps: float
+
+
+class Rotation(NamedTuple):
+    """A rotary embedding, as `Ops.rope` takes it."""
+
+    cos_sin_MC: Tensor
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadSpec:
+    """What a layer does to its fresh queries and keys, constant over steps: first the norms, then the rotation."""
+
+    num_query: int
+    num_kv: int
+    norms: HeadNorms | None = None
+    rotation: Rotation | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Which tokens attend to which pages in this step. Integers are int32 on the device; the rest is for the host.
 
     Sequences with one new token come first (`num_decodes` of them), then those with more: a mixed step runs the
-    decode kernel over the first part and the prefill kernel over the second. The new tokens' keys and values are
-    already in the cache. Token j of a sequence with `q` new tokens and `kv` in all stands at `kv - q + j`.
+    decode kernel over the first part and the prefill kernel over the second. A sequence with guesses is several, each a
+    token longer, over the same pages. The new tokens' keys and values are already in the cache. Token j of a sequence
+    with `q` new tokens and `kv` in all stands at `kv - q + j`.
     Rows of the block table are valid for `ceil(kv / B)` entries; what lies beyond is any valid page number.
     """
 
@@ -157,14 +194,35 @@ class Ops(Protocol):
     def write_kv(self, k_TKE: Tensor, v_TKE: Tensor, cache: KVLayer, slots_T: Tensor) -> None:
         """Store this step's keys and values at their slots (int64; no slot twice), in place in the cache.
 
-        A slot of -1 stores nothing: padding rows of a captured graph.
+        They are rounded to the cache's dtype, or encoded where it has scales. A slot of -1 stores nothing: padding rows
+        of a captured graph.
         """
         ...
 
-    def attention(self, q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec) -> Tensor:
+    def rotate_and_store(
+        self, qkv_TNE: Tensor, cache: KVLayer, spec: HeadSpec, *, positions_T: Tensor, slots_T: Tensor
+    ) -> Tensor:
+        """Normalise, rotate and store a fused projection's heads at once; returns queries [T, H, E] for `attention`.
+
+        qkv_TNE: H query heads, K key heads, K value heads, the last dim contiguous; may be overwritten. Means the same
+        as `rms_norm` of each head, `rope` and `write_kv` one after the other, but may round once where they do twice.
+        """
+        ...
+
+    def attention(
+        self,
+        q_THE: Tensor,
+        cache: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+        *,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         """Causal attention of this step's tokens over their sequences' pages: [T, H, E] in q's dtype.
 
         H is a multiple of K (grouped queries): query head h reads key/value head h // (H / K).
+        sinks_H: float32, a logit of each head that joins the softmax's sum and has no value; scale and softcap do not
+        touch it (attention sinks, arXiv:2309.17453, learned as in gpt_oss).
         """
         ...
 

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile import LOWEST, attend_tile, first_key, scales, tile_constants
+from .attention_tile import LOWEST, attend_keys, first_key, join_sinks, scales, tile_constants
+from .kv_write import cache_strides
 from .ops import AttentionBatch, AttentionSpec, KVLayer
 
 
@@ -51,8 +52,9 @@ def _key_ranges(first_pos, last_pos, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr
 
 @triton.jit(do_not_specialize=["first_seq", "num_seqs"])
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, query_start_ptr, block_table_ptr, kv_lens_ptr, out_ptr, first_seq, num_seqs, logit_scale,
-    exponent_scale, q_stride_t, q_stride_h, cache_stride_n, cache_stride_k, cache_stride_b, table_stride_s,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, query_start_ptr, block_table_ptr, kv_lens_ptr, out_ptr,
+    first_seq, num_seqs, logit_scale, exponent_scale, q_stride_t, q_stride_h, cache_stride_n, cache_stride_k,
+    cache_stride_b, scale_stride_n, scale_stride_k, table_stride_s,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -87,26 +89,25 @@ def _prefill_kernel(
     query_pos_M = tl.minimum(first_pos + row_M // GROUP, last_pos)
     begin, common_begin, common_end = _key_ranges(first_pos, last_pos, BLOCK_N, WINDOW)
     end = last_pos + 1
-    k_ptr += kv_head.to(tl.int64) * cache_stride_k
-    v_ptr += kv_head.to(tl.int64) * cache_stride_k
     block_row_ptr = block_table_ptr + seq.to(tl.int64) * table_stride_s
     if WINDOW > 0:
-        for start in tl.range(begin, common_begin, BLOCK_N):
-            acc_ME, max_M, sum_M = attend_tile(
-                q_ME, acc_ME, max_M, sum_M, k_ptr, v_ptr, block_row_ptr, start, end, query_pos_M, cache_stride_n,
-                cache_stride_b, logit_scale, exponent_scale, DIM, DIM_P2, PAGE, BLOCK_N, WINDOW, SOFTCAP, MASKED=True,
-            )  # fmt: skip
-    for start in tl.range(common_begin, common_end, BLOCK_N):
-        acc_ME, max_M, sum_M = attend_tile(
-            q_ME, acc_ME, max_M, sum_M, k_ptr, v_ptr, block_row_ptr, start, end, query_pos_M, cache_stride_n,
-            cache_stride_b, logit_scale, exponent_scale, DIM, DIM_P2, PAGE, BLOCK_N, WINDOW, SOFTCAP, MASKED=False,
+        acc_ME, max_M, sum_M = attend_keys(
+            q_ME, acc_ME, max_M, sum_M, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, block_row_ptr, kv_head, begin,
+            common_begin, end, query_pos_M, cache_stride_n, cache_stride_k, cache_stride_b, scale_stride_n,
+            scale_stride_k, logit_scale, exponent_scale, DIM, DIM_P2, PAGE, BLOCK_N, WINDOW, SOFTCAP, MASKED=True,
         )  # fmt: skip
-    for start in tl.range(common_end, end, BLOCK_N):
-        acc_ME, max_M, sum_M = attend_tile(
-            q_ME, acc_ME, max_M, sum_M, k_ptr, v_ptr, block_row_ptr, start, end, query_pos_M, cache_stride_n,
-            cache_stride_b, logit_scale, exponent_scale, DIM, DIM_P2, PAGE, BLOCK_N, WINDOW, SOFTCAP, MASKED=True,
-        )  # fmt: skip
+    acc_ME, max_M, sum_M = attend_keys(
+        q_ME, acc_ME, max_M, sum_M, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, block_row_ptr, kv_head, common_begin,
+        common_end, end, query_pos_M, cache_stride_n, cache_stride_k, cache_stride_b, scale_stride_n, scale_stride_k,
+        logit_scale, exponent_scale, DIM, DIM_P2, PAGE, BLOCK_N, WINDOW, SOFTCAP, MASKED=False,
+    )  # fmt: skip
+    acc_ME, max_M, sum_M = attend_keys(
+        q_ME, acc_ME, max_M, sum_M, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, block_row_ptr, kv_head, common_end,
+        end, end, query_pos_M, cache_stride_n, cache_stride_k, cache_stride_b, scale_stride_n, scale_stride_k,
+        logit_scale, exponent_scale, DIM, DIM_P2, PAGE, BLOCK_N, WINDOW, SOFTCAP, MASKED=True,
+    )  # fmt: skip
 
+    sum_M = join_sinks(sum_M, max_M, sinks_ptr, head_M, live_M)
     acc_ME /= tl.where(sum_M > 0, sum_M, 1.0)[:, None]
     heads = tl.num_programs(0) * GROUP
     out_at = out_ptr + (at_M * heads + head_M)[:, None] * DIM + dim_E[None, :]
@@ -114,7 +115,14 @@ def _prefill_kernel(
 
 
 def prefill_attention(
-    q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec, *, out_THE: Tensor, first_seq: int
+    q_THE: Tensor,
+    cache: KVLayer,
+    batch: AttentionBatch,
+    spec: AttentionSpec,
+    *,
+    sinks_H: Tensor | None,
+    out_THE: Tensor,
+    first_seq: int,
 ) -> None:
     """Attention of the tokens of sequences `first_seq` and later, into the same rows of out_THE (contiguous)."""
     constants = tile_constants(q_THE, cache, spec)
@@ -128,6 +136,9 @@ def prefill_attention(
     _prefill_kernel[(kv_heads, tiles)](
         q_THE,
         *cache,
+        cache.k_scale_NKB,
+        cache.v_scale_NKB,
+        sinks_H,
         batch.query_start_S1,
         batch.block_table_SP,
         batch.kv_lens_S,
@@ -136,10 +147,10 @@ def prefill_attention(
         num_seqs,
         *scales(spec),
         *q_THE.stride()[:2],
-        *cache.k_NKBE.stride()[:3],
+        *cache_strides(cache),
         batch.block_table_SP.stride(0),
         **constants,
         BLOCK_M=block_m,
         num_warps=8,
-        num_stages=1 if q_THE.element_size() > 2 else 3 if q_THE.shape[2] <= 64 else 2,
+        num_stages=1 if q_THE.element_size() > 2 else 3 if q_THE.shape[2] <= 128 else 2,
     )

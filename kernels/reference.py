@@ -12,8 +12,9 @@ from torch import Tensor, device
 from torch.nn import functional
 
 from . import noise
+from .kv_codes import decode, encode
 from .linear import linear
-from .ops import Activation, AttentionBatch, AttentionSpec, Draw, KVLayer, Logprobs, SamplingBatch
+from .ops import Activation, AttentionBatch, AttentionSpec, Draw, HeadSpec, KVLayer, Logprobs, SamplingBatch
 
 
 class ReferenceOps:
@@ -79,17 +80,40 @@ class ReferenceOps:
         slots = slots_T[stored].long()
         pages, offsets = slots // page_size, slots % page_size
         # Two index tensors around a slice put the indexed dim first: [stored, K, E], as k and v are.
-        cache.k_NKBE[pages, :, offsets] = k_TKE[stored].to(cache.k_NKBE.dtype)
-        cache.v_NKBE[pages, :, offsets] = v_TKE[stored].to(cache.v_NKBE.dtype)
+        at = (pages, slice(None), offsets)
+        store(k_TKE[stored], cache.k_NKBE, cache.k_scale_NKB, at)
+        store(v_TKE[stored], cache.v_NKBE, cache.v_scale_NKB, at)
 
-    def attention(self, q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec) -> Tensor:
+    def rotate_and_store(
+        self, qkv_TNE: Tensor, cache: KVLayer, spec: HeadSpec, *, positions_T: Tensor, slots_T: Tensor
+    ) -> Tensor:
+        q_THE, k_TKE, v_TKE = qkv_TNE.split_with_sizes((spec.num_query, spec.num_kv, spec.num_kv), dim=1)
+        if spec.norms is not None:
+            q_THE = self.rms_norm(q_THE, spec.norms.q_weight_E, eps=spec.norms.eps)
+            k_TKE = self.rms_norm(k_TKE, spec.norms.k_weight_E, eps=spec.norms.eps)
+        if spec.rotation is not None:
+            cos_sin_MC, interleaved = spec.rotation
+            self.rope(q_THE, k_TKE, positions_T, cos_sin_MC, interleaved=interleaved)
+        self.write_kv(k_TKE, v_TKE, cache, slots_T)
+        return q_THE
+
+    def attention(
+        self,
+        q_THE: Tensor,
+        cache: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+        *,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         out_THE = torch.zeros(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
         start = 0
         for row_P, query_len, kv_len in zip(batch.block_table_SP, batch.query_lens, batch.kv_lens, strict=True):
             end = start + query_len
             if query_len and kv_len:  # a padding row of a captured graph has no tokens: zeros
                 keys_KnE, values_KnE = gather_pages(cache, row_P, kv_len)
-                out_THE[start:end] = attend(q_THE[start:end], keys_KnE, values_KnE, spec).to(q_THE.dtype)
+                out_QHE = attend(q_THE[start:end], keys_KnE, values_KnE, spec, sinks_H=sinks_H)
+                out_THE[start:end] = out_QHE.to(q_THE.dtype)
             start = end
         return out_THE
 
@@ -153,18 +177,29 @@ def apply_activation(x: Tensor, activation: Activation) -> Tensor:
             return functional.relu(x)
 
 
+def store(new_nKE: Tensor, paged_NKBE: Tensor, scale_NKB: Tensor | None, at: tuple[Tensor, slice, Tensor]) -> None:
+    """Put keys, or values, in their places, encoded where there are scales."""
+    if scale_NKB is None:
+        paged_NKBE[at] = new_nKE.to(paged_NKBE.dtype)
+    else:
+        paged_NKBE[at], scale_NKB[at] = encode(new_nKE, paged_NKBE.dtype)
+
+
 def gather_pages(cache: KVLayer, block_row_P: Tensor, kv_len: int) -> tuple[Tensor, Tensor]:
-    """The first `kv_len` keys and values of a sequence, in order: [K, kv_len, E] each, in the cache's dtype."""
+    """The first `kv_len` keys and values of a sequence, in order: [K, kv_len, E], in the cache's dtype or decoded."""
     page_size = cache.k_NKBE.shape[2]
     pages = block_row_P[: -(-kv_len // page_size)].long()
 
-    def in_order(paged_NKBE: Tensor) -> Tensor:
-        return paged_NKBE[pages].transpose(0, 1).flatten(1, 2)[:, :kv_len]
+    def in_order(paged_NKBE: Tensor, scale_NKB: Tensor | None) -> Tensor:
+        found_PKBE = decode(paged_NKBE[pages], None if scale_NKB is None else scale_NKB[pages])
+        return found_PKBE.transpose(0, 1).flatten(1, 2)[:, :kv_len]
 
-    return in_order(cache.k_NKBE), in_order(cache.v_NKBE)
+    return in_order(cache.k_NKBE, cache.k_scale_NKB), in_order(cache.v_NKBE, cache.v_scale_NKB)
 
 
-def attend(q_QHE: Tensor, k_KnE: Tensor, v_KnE: Tensor, spec: AttentionSpec) -> Tensor:
+def attend(
+    q_QHE: Tensor, k_KnE: Tensor, v_KnE: Tensor, spec: AttentionSpec, *, sinks_H: Tensor | None = None
+) -> Tensor:
     """Attention of the last Q of n tokens over all n: [Q, H, E] in float32."""
     num_queries, heads = q_QHE.shape[:2]
     kv_heads, num_keys = k_KnE.shape[:2]
@@ -174,7 +209,10 @@ def attend(q_QHE: Tensor, k_KnE: Tensor, v_KnE: Tensor, spec: AttentionSpec) -> 
     if spec.softcap is not None:
         logits_HQn = spec.softcap * torch.tanh(logits_HQn / spec.softcap)
     visible_Qn = visible_keys(num_queries, num_keys, spec.window, q_QHE.device)
-    weights_HQn = logits_HQn.masked_fill(~visible_Qn, float("-inf")).softmax(dim=-1)
+    logits_HQn = logits_HQn.masked_fill(~visible_Qn, float("-inf"))
+    if sinks_H is not None:  # one more key, whose value is zero
+        logits_HQn = torch.cat((logits_HQn, sinks_H.float()[:, None, None].expand(-1, num_queries, 1)), dim=-1)
+    weights_HQn = logits_HQn.softmax(dim=-1)[..., :num_keys]
     return (weights_HQn @ v_HnE).transpose(0, 1)
 
 

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, device
 
 from .activation import activate
-from .decode_attention import decode_attention
+from .decode_attention import DecodeWorkspace, decode_attention
 from .kv_write import write_kv
 from .linear import linear
 from .matmul import matmul
 from .norm import norm
-from .ops import Activation, AttentionBatch, AttentionSpec, Draw, KVLayer, Logprobs, SamplingBatch
+from .ops import Activation, AttentionBatch, AttentionSpec, Draw, HeadSpec, KVLayer, Logprobs, SamplingBatch
 from .prefill_attention import prefill_attention
 from .rotary import rope
+from .rotate_and_store import rotate_and_store
 from .sampling import chosen_logprobs, draw, sample
 
 # Programs of a kernel that hold a multiprocessor's worth of work and do not wait for one another.
@@ -38,7 +39,7 @@ class TritonOps:
         processors = _INTERPRETED_PROCESSORS
         if on.type == "cuda":
             processors = torch.cuda.get_device_properties(on).multi_processor_count
-        self._programs = processors * _PROGRAMS_PER_PROCESSOR
+        self._decode_workspace = DecodeWorkspace(on, processors * _PROGRAMS_PER_PROCESSOR)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
         return norm(x_TD, weight_D, eps=eps, centred=False)
@@ -66,14 +67,27 @@ class TritonOps:
     def write_kv(self, k_TKE: Tensor, v_TKE: Tensor, cache: KVLayer, slots_T: Tensor) -> None:
         write_kv(k_TKE, v_TKE, cache, slots_T)
 
-    def attention(self, q_THE: Tensor, cache: KVLayer, batch: AttentionBatch, spec: AttentionSpec) -> Tensor:
+    def rotate_and_store(
+        self, qkv_TNE: Tensor, cache: KVLayer, spec: HeadSpec, *, positions_T: Tensor, slots_T: Tensor
+    ) -> Tensor:
+        return rotate_and_store(qkv_TNE, cache, spec, positions_T=positions_T, slots_T=slots_T)
+
+    def attention(
+        self,
+        q_THE: Tensor,
+        cache: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+        *,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
-        num_seqs = batch.block_table_SP.shape[0]
-        num_decodes = 0 if self.deterministic else batch.num_decodes
-        if num_decodes:
-            decode_attention(q_THE, cache, batch, spec, out_THE=out_THE, programs=self._programs)
-        if num_seqs > num_decodes:
-            prefill_attention(q_THE, cache, batch, spec, out_THE=out_THE, first_seq=num_decodes)
+        decodes = 0 if self.deterministic else batch.num_decodes
+        if decodes:
+            workspace = self._decode_workspace
+            decode_attention(q_THE, cache, batch, spec, sinks_H=sinks_H, out_THE=out_THE, workspace=workspace)
+        if batch.block_table_SP.shape[0] > decodes:
+            prefill_attention(q_THE, cache, batch, spec, sinks_H=sinks_H, out_THE=out_THE, first_seq=decodes)
         return out_THE
 
     def sample(self, logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:

@@ -1,44 +1,80 @@
-"""4-bit weights in the form of our own CPU kernel (`kernels/csrc/q4.cpp`), where that can be built."""
+"""Quantised weights in the form of our own CPU kernels (`kernels/csrc/`), where those can be built."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.native import TILE_ROWS, Native, pack_q4
+from ..kernels.native import TILE_ROWS, Native, pack_q4, pack_q8
+from .codes import UNIT, Codes
 
-ReadBlocks = Callable[[NDArray[np.uint8]], tuple[Tensor, Tensor, Tensor]]
-"""Rows of a file's blocks -> nibbles [F, D], scales and zero points [F, D / 32], w = (nibble - 8) * scale + zero."""
+_PACKED_ROWS = 1 << 10  # at a time, while loading: whole tiles
 
 
 class NativeInt4Linear:
-    """A `LinearMethod` in bfloat16 with the file's very weights: of all numbers only the result is rounded.
+    """A `LinearMethod` in bfloat16 with the codes' very weights: of all numbers only the result is rounded.
 
     One kernel for any number of rows of x, and each of them gets the same sums in any company.
     """
 
-    _PACKED_ROWS = 1 << 10  # at a time, while loading: whole tiles
-
-    def __init__(self, native: Native, read: ReadBlocks, rows: list[NDArray[np.uint8]], in_features: int) -> None:
+    def __init__(self, native: Native, codes: Codes) -> None:
+        """codes: 4 bits. Their scales become float16, as they are in most files."""
         self._native = native
-        self.in_features, self.out_features = in_features, sum(len(part) for part in rows)
-        blocks = np.concatenate(rows) if len(rows) > 1 else rows[0]
-        starts = range(0, self.out_features, self._PACKED_ROWS)
-        self._packed = torch.cat([_packed(*read(blocks[start : start + self._PACKED_ROWS])) for start in starts])
+        self.out_features, self.in_features = codes.codes_FD.shape
+        self.packed = torch.cat([_packed_q4(part.regrouped(UNIT)) for part in _parts(codes)])
 
     def apply(self, x_TD: Tensor) -> Tensor:
         x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-        return self._native.q4_product(x_TD, self._packed, self.out_features)
+        return self._native.q4_product(x_TD, self.packed, self.out_features)
 
     def num_bytes(self) -> int:
-        return self._packed.nbytes
+        return self.packed.nbytes
 
 
-def _packed(nibbles_FD: Tensor, scale_FG: Tensor, zero_FG: Tensor) -> Tensor:
-    # The file's own minimum, which float16 holds; the zero point was made of it in float32.
-    parts = nibbles_FD, scale_FG, zero_FG - 8 * scale_FG
-    padding = (0, 0, 0, -len(nibbles_FD) % TILE_ROWS)  # by rows of zeros, which are never stored
-    return pack_q4(*(F.pad(part, padding) for part in parts))
+class NativeInt8Linear:
+    """The same of 8 bits without zeros, scales in float32. A group of codes is any multiple of 32 columns."""
+
+    def __init__(self, native: Native, codes: Codes) -> None:
+        self._native = native
+        self.out_features, self.in_features = codes.codes_FD.shape
+        self.packed = torch.cat([_packed_q8(part) for part in _parts(codes)])
+
+    def apply(self, x_TD: Tensor) -> Tensor:
+        x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+        return self._native.q8_product(x_TD, self.packed, self.out_features)
+
+    def num_bytes(self) -> int:
+        return self.packed.nbytes
+
+
+def fits_q4(codes: Codes) -> bool:
+    """Whether float16 holds the scales: they may be too large for it, or nearly all too small."""
+    return all(_fits_half(numbers) for numbers in (codes.scale_FG, _minima(codes)))
+
+
+def _fits_half(numbers: Tensor) -> bool:
+    rounded = numbers.half().float()
+    return bool(rounded.isfinite().all()) and bool((rounded - numbers).norm() <= 1e-3 * numbers.norm())
+
+
+def _minima(codes: Codes) -> Tensor:
+    """What a code of 0 stands for: [F, G]. In GGUF's own blocks it is a float16, found again when it is rounded."""
+    return torch.zeros_like(codes.scale_FG) if codes.zero_FG is None else -codes.zero_FG * codes.scale_FG
+
+
+def _parts(codes: Codes) -> Iterator[Codes]:
+    return (codes.rows(slice(at, at + _PACKED_ROWS)) for at in range(0, codes.out_features, _PACKED_ROWS))
+
+
+def _packed_q4(codes: Codes) -> Tensor:
+    return pack_q4(*(_whole_tiles(part) for part in (codes.codes_FD, codes.scale_FG, _minima(codes))))
+
+
+def _packed_q8(codes: Codes) -> Tensor:
+    return pack_q8(_whole_tiles(codes.codes_FD), _whole_tiles(codes.scale_FG))
+
+
+def _whole_tiles(rows: Tensor) -> Tensor:
+    """With rows of zeros below, whose products are never stored."""
+    return F.pad(rows, (0, 0, 0, -len(rows) % TILE_ROWS))

@@ -1,25 +1,24 @@
 """Weight formats: how one linear layer's slice of the weights is held, and multiplied with.
 
-A rank's slice is cut when it is read (`runtime/weights.py`), so a method here knows nothing of shards.
+A rank's slice is cut when it is read (`runtime/weights.py`), so a method here knows nothing of shards. Which method
+serves which kind of quantised weights on a device is decided once, in `select_kernels`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.linear import Linear, linear
-from ..kernels.native import load_native
-from .native import NativeInt4Linear
-
-# Not by torch.ops.aten, whose look-up costs 2 us of a product's 20.
-_int4_product = torch._weight_int4pack_mm_for_cpu  # pyright: ignore[reportPrivateImportUsage]
+from ..kernels.native import Native, load_native
+from .codes import UNIT, Codes, Kind, Quantised
+from .int4 import Int4Layout, Int4Linear, probe_int4_layout
+from .int8 import Int8Linear
+from .native import NativeInt4Linear, NativeInt8Linear, fits_q4
+from .native_head import NativeHead
 
 
 class LinearMethod(Protocol):
@@ -52,71 +51,34 @@ class DenseLinear:
         return self.weight_FD.numel() * self.weight_FD.element_size()
 
 
-def packed_linear(
-    format: str,
-    rows: list[NDArray[np.uint8]],
-    *,
-    in_features: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    deterministic: bool = False,
-) -> LinearMethod | None:
-    """A method that multiplies straight from a file's blocks, or None where dense weights are the better form.
+class StackedLinear:
+    """Weights one under the other that no single method holds: a fused layer whose parts are stored differently."""
 
-    format: GGUF's name of the blocks. rows: uint8 [rows, bytes of a row] each; their rows are stacked (a fused QKV
-    comes from three matrices). dtype is that of the activations. What comes out None is dequantised by the caller:
-    other formats and devices, dtypes without a fast kernel (float32's is 60 times slower than a dense product).
-    deterministic: a row's result does not depend on how many rows there are.
-    """
-    if device.type != "cpu" or dtype is not torch.bfloat16 or format not in ("Q4_0", "Q4_1"):
-        return None
-    if native := load_native():  # deterministic as it is
-        return NativeInt4Linear(native, partial(_read_q4_blocks, format), rows, in_features)
-    layout = probe_int4_layout()
-    if layout is None:
-        return None
-    # The int4 product sums each row for itself and in one order; unpacked, the order is a dense product's.
-    unpack_from = None if deterministic else Int4Linear.UNPACK_FROM
-    return Int4Linear(format, rows, in_features, layout, unpack_from=unpack_from)
+    def __init__(self, parts: Sequence[LinearMethod]) -> None:
+        self._parts = tuple(parts)
+        self.out_features, self.in_features = sum(part.out_features for part in parts), parts[0].in_features
+
+    def apply(self, x_TD: Tensor) -> Tensor:
+        return torch.cat([part.apply(x_TD) for part in self._parts], 1)
+
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes() for part in self._parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Int4Layout:
-    """How torch packs nibbles on this CPU: [tiles, in_features, tile / 2] bytes, each with the weights of two rows.
+class GatheredLinear:
+    """A method over columns in an order of its own, `Codes.order_D`: x is put into that order first."""
 
-    A tile's rows are all low nibbles, then all high ones (stack_dim 2), or they alternate (stack_dim 3).
-    """
+    def __init__(self, method: LinearMethod, order_D: Tensor, in_features: int) -> None:
+        self._method = method
+        self._order_D = order_D
+        self._padding = int(bool((order_D == in_features).any()))  # by a column of zeros, for what stands for none
+        self.out_features, self.in_features = method.out_features, in_features
 
-    tile: int
-    stack_dim: int
+    def apply(self, x_TD: Tensor) -> Tensor:
+        return self._method.apply(F.pad(x_TD, (0, self._padding)).index_select(1, self._order_D))
 
-    def unpack(self, packed: Tensor, in_features: int) -> Tensor:
-        """The nibbles in order: uint8 [tiles, in_features, tile]."""
-        pairs = packed.view(-1, in_features, self.tile // 2)
-        return torch.stack((pairs & 15, pairs >> 4), self.stack_dim).view(-1, in_features, self.tile)
-
-
-def probe_int4_layout() -> Int4Layout | None:
-    """Find the layout by packing matrices whose nibbles are the digits of each weight's own index.
-
-    torch does not document it, and it differs between AVX-512, AVX2 and plain builds. None: one we cannot unpack.
-    """
-    rows, columns, digits = 128, 32, 3
-    index = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
-    packed = [_pack_int4((index >> 4 * digit) & 15) for digit in range(digits)]
-    for tile in (64, 32, 16):
-        for stack_dim in (2, 3):
-            layout = Int4Layout(tile, stack_dim)
-            nibbles = [layout.unpack(part, columns).to(torch.int32) for part in packed]
-            found = sum(part << 4 * digit for digit, part in enumerate(nibbles))
-            if torch.equal(torch.as_tensor(found).transpose(1, 2).reshape(rows, columns), index):
-                return layout
-    return None
-
-
-def _pack_int4(nibbles_FD: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles_FD.contiguous(), 1)
-    return packed
+    def num_bytes(self) -> int:
+        return self._method.num_bytes() + self._order_D.nbytes
 
 
 class HalfLinear:
@@ -144,127 +106,118 @@ class HalfLinear:
         return 2 * self.out_features * self.in_features
 
 
-class BlockTable:
-    """An embedding table as GGUF's blocks: the rows that are asked for are dequantised, float32 [T, D]."""
+class CodeTable:
+    """An embedding table as codes: the rows that are asked for are dequantised, float32 [T, D]."""
 
-    def __init__(self, format: str, rows: NDArray[np.uint8]) -> None:
-        self._read = _BLOCK_READERS[format]
-        self._rows = torch.from_numpy(np.array(rows))
-
-    @staticmethod
-    def reads(format: str) -> bool:
-        return format in _BLOCK_READERS
+    def __init__(self, codes: Codes) -> None:
+        codes_FD = codes.codes_FD
+        self._pairs = codes.kind is Kind.INT4  # two codes a byte
+        packed = codes_FD[:, ::2] | codes_FD[:, 1::2] << 4 if self._pairs else codes_FD
+        self._codes = replace(codes, codes_FD=packed)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._codes.out_features
 
     def lookup(self, ids_T: Tensor) -> Tensor:
-        return self._read(self._rows.index_select(0, ids_T))
+        codes = self._codes.rows(ids_T)
+        if self._pairs:
+            pairs_TD = codes.codes_FD
+            codes = replace(codes, codes_FD=torch.stack((pairs_TD & 15, pairs_TD >> 4), 2).flatten(1))
+        return codes.dense()
 
     def num_bytes(self) -> int:
-        return self._rows.nbytes
+        parts = self._codes.codes_FD, self._codes.scale_FG, self._codes.zero_FG
+        return sum(part.nbytes for part in parts if part is not None)
 
 
-class Int4Linear:
-    """GGUF's 4-bit blocks of 32 in torch's packed form: held once, multiplied in two ways.
+class Kernels(Protocol):
+    """The products with quantised weights that a device has."""
 
-    A block's `w = d * q + m` becomes `(q - 8) * scale + zero` with scale d and zero m + 8 d, both rounded to bfloat16;
-    the products below round that sum to bfloat16 once, so both see the very same weights.
+    kinds: frozenset[Kind]
+    """What is worth asking for."""
+
+    def make(self, weight: Quantised) -> LinearMethod | None:
+        """A method that multiplies straight from codes; None where dense weights are the better form."""
+        ...
+
+    def head(self, weight: Quantised) -> NativeHead | None:
+        """A vocabulary's codes for products in float32, and for looking rows up; None where there is no kernel."""
+        ...
+
+
+class NoKernels:
+    """Everything is dequantised: float32's products from codes are 60 times slower than the dense one."""
+
+    kinds: frozenset[Kind] = frozenset()
+
+    def make(self, weight: Quantised) -> LinearMethod | None:
+        return None
+
+    def head(self, weight: Quantised) -> NativeHead | None:
+        return None
+
+
+class CpuKernels:
+    """bfloat16 on a CPU: our own kernels where they can be built, else torch's.
+
+    deterministic: a row's result does not depend on how many rows there are. Our own are so as they are; torch's int4
+    product sums each row for itself and in one order, but unpacked, the order is a dense product's.
     """
 
-    GROUP = 32
-    # Rows of x from which unpacking pays: the int4 product costs as much for each row, unpacking costs once.
-    UNPACK_FROM = 80
-    _UNPACKED_WEIGHTS = 1 << 20  # at a time: the scratch stays in the cache
-    _PACKED_ROWS = 1 << 10  # at a time, while loading: a multiple of every tile
+    kinds = frozenset({Kind.INT4, Kind.INT8})
 
-    def __init__(
-        self,
-        format: str,
-        rows: list[NDArray[np.uint8]],
-        in_features: int,
-        layout: Int4Layout,
-        *,
-        unpack_from: int | None = UNPACK_FROM,
-    ) -> None:
-        """unpack_from: rows of x from which the weight is unpacked; None: never."""
-        self._unpack_from = unpack_from
-        self.in_features = in_features
-        self.out_features = sum(len(part) for part in rows)
-        self.layout = layout
-        padded = -(-self.out_features // layout.tile) * layout.tile
-        self.packed = torch.empty(padded, in_features // 2, dtype=torch.uint8)
-        self.scale_zero_GF2 = torch.zeros(in_features // self.GROUP, padded, 2, dtype=torch.bfloat16)
-        blocks = np.concatenate(rows) if len(rows) > 1 else rows[0]
-        for start in range(0, self.out_features, self._PACKED_ROWS):
-            self._load(format, blocks[start : start + self._PACKED_ROWS], start)
+    def __init__(self, native: Native | None, layout: Int4Layout | None, *, deterministic: bool) -> None:
+        """layout: torch's of nibbles, if it is known."""
+        self._native = native
+        self._layout = layout
+        self._deterministic = deterministic
 
-    def _load(self, format: str, blocks: NDArray[np.uint8], start: int) -> None:
-        nibbles_FD, scale_FG, zero_FG = _read_q4_blocks(format, blocks)
-        count = len(nibbles_FD)
-        stop = start + -(-count // self.layout.tile) * self.layout.tile
-        padded_FD = F.pad(nibbles_FD, (0, 0, 0, stop - start - count), value=8)  # scale and zero 0: the weight is 0
-        self.packed[start:stop] = _pack_int4(padded_FD).view(stop - start, -1)
-        self.scale_zero_GF2[:, start : start + count] = torch.stack((scale_FG.T, zero_FG.T), -1)
+    def make(self, weight: Quantised) -> LinearMethod | None:
+        return over_codes(weight, self._int4 if weight.kind is Kind.INT4 else self._int8)
 
-    def apply(self, x_TD: Tensor) -> Tensor:
-        x_TD = x_TD.contiguous()
-        if self._unpack_from is None or x_TD.shape[0] < self._unpack_from:
-            y_TF: Tensor = _int4_product(x_TD, self.packed, self.GROUP, self.scale_zero_GF2)
-            return y_TF if y_TF.shape[1] == self.out_features else y_TF[:, : self.out_features]
-        step = max(self._UNPACKED_WEIGHTS // self.in_features // self.layout.tile, 1) * self.layout.tile
-        starts = range(0, self.packed.shape[0], step)
-        parts = [x_TD @ self._unpack(start, min(start + step, self.packed.shape[0])) for start in starts]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return whole[:, : self.out_features]
+    def head(self, weight: Quantised) -> NativeHead | None:
+        if self._native is None or not isinstance(weight, Codes) or not NativeHead.fits(weight):
+            return None
+        return NativeHead(self._native, weight)
 
-    def _unpack(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of the weight, dense and transposed: [in_features, stop - start]."""
-        groups, tile = self.in_features // self.GROUP, self.layout.tile
-        nibbles = self.layout.unpack(self.packed[start:stop], self.in_features)
-        # In float32: there torch is fast, and the product is exact, so the sum is rounded once.
-        weights = nibbles.to(torch.float32).sub_(8).view(-1, groups, self.GROUP, tile)
-        scale_zero = self.scale_zero_GF2[:, start:stop].view(groups, -1, tile, 2).permute(3, 1, 0, 2)
-        scale, zero = scale_zero.unsqueeze(3).contiguous().float()
-        weights.mul_(scale).add_(zero)
-        by_tile = weights.to(torch.bfloat16).view(-1, self.in_features, tile)
-        return by_tile.transpose(0, 1).reshape(self.in_features, -1)
+    def _int4(self, codes: Codes) -> LinearMethod | None:
+        if self._native is not None and fits_q4(codes):
+            return NativeInt4Linear(self._native, codes)
+        unpack_from = None if self._deterministic else Int4Linear.UNPACK_FROM
+        return None if self._layout is None else Int4Linear(codes, self._layout, unpack_from=unpack_from)
 
-    def num_bytes(self) -> int:
-        return self.packed.nbytes + self.scale_zero_GF2.nbytes
+    def _int8(self, codes: Codes) -> LinearMethod | None:
+        if codes.zero_FG is not None:
+            return None
+        if self._native is not None:
+            return NativeInt8Linear(self._native, codes)
+        if codes.scale_FG.shape[1] > 1:
+            return None
+        return Int8Linear(codes, unpack_from=None if self._deterministic else Int8Linear.UNPACK_FROM)
 
 
-def _read_q4_blocks(format: str, blocks: NDArray[np.uint8]) -> tuple[Tensor, Tensor, Tensor]:
-    """Nibbles int32 [F, D], scales and zero points float32 [F, D / 32] of rows of Q4_0 or Q4_1 blocks.
-
-    Q4_0: d, then 16 bytes, w = d * (q - 8). Q4_1: d, m, then 16 bytes, w = d * q + m. Both numbers are float16; byte j
-    has weight j in its low and weight j + 16 in its high nibble.
-    """
-    head = 2 if format == "Q4_0" else 4
-    split = blocks.reshape(len(blocks), -1, head + 16)
-    numbers = torch.from_numpy(np.ascontiguousarray(split[..., :head]).view(np.float16).astype(np.float32))
-    pairs = torch.from_numpy(split[..., head:].astype(np.int32))
-    nibbles_FD = torch.cat((pairs & 15, pairs >> 4), -1).flatten(1)
-    scale_FG = numbers[..., 0]
-    zero_FG = torch.zeros_like(scale_FG) if format == "Q4_0" else numbers[..., 1] + 8 * scale_FG
-    return nibbles_FD, scale_FG, zero_FG
+def over_codes(weight: Quantised, make: Callable[[Codes], LinearMethod | None]) -> LinearMethod | None:
+    """What `make` makes of integers in whole units, their order of columns seen to. None also where so much padding was
+    added that dense weights in 16 bits take little more."""
+    if not isinstance(weight, Codes) or weight.group % UNIT:
+        return None
+    bits = 4 if weight.kind is Kind.INT4 else 8
+    if bits * weight.codes_FD.shape[1] > 12 * weight.in_features:
+        return None
+    method = make(weight)
+    if method is None or weight.order_D is None:
+        return method
+    return GatheredLinear(method, weight.order_D, weight.in_features)
 
 
-def _dequantise_q4(format: str, rows: Tensor) -> Tensor:
-    nibbles_FD, scale_FG, zero_FG = _read_q4_blocks(format, rows.numpy())
-    centred = (nibbles_FD - 8).view(len(rows), -1, Int4Linear.GROUP)
-    return torch.addcmul(zero_FG[..., None], scale_FG[..., None], centred).flatten(1)
+def select_kernels(device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> Kernels:
+    """What there is for activations of `dtype` on the device."""
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        native = load_native()
+        return CpuKernels(native, None if native else probe_int4_layout(), deterministic=deterministic)
+    if device.type == "cuda" and dtype is not torch.float32:
+        from .gpu import GpuKernels
 
-
-def _dequantise_q8_0(rows: Tensor) -> Tensor:
-    """Blocks of a float16 scale and 32 signed bytes."""
-    blocks = rows.view(len(rows), -1, 34)
-    scale = blocks[..., :2].contiguous().view(torch.float16).float()
-    return (blocks[..., 2:].view(torch.int8) * scale).flatten(1)
-
-
-_BLOCK_READERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "Q4_0": partial(_dequantise_q4, "Q4_0"),
-    "Q4_1": partial(_dequantise_q4, "Q4_1"),
-    "Q8_0": _dequantise_q8_0,
-}
+        capability = torch.cuda.get_device_capability(device)
+        return GpuKernels(device, capability=capability, deterministic=deterministic)
+    return NoKernels()

@@ -5,6 +5,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -53,17 +54,18 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(y, whole);
 }
 
-// body(i) for every i below count, on torch's threads. Whoever is free takes the next: a core may be busy elsewhere.
+// body(i) for every i below count, on torch's threads. Whoever is free takes the next few: a core may be busy elsewhere.
 template <class Body>
 void parallel_for(long count, const Body& body) {
     struct Shared {
         const Body& body;
-        long count;
+        long count, few;
         std::atomic<long> next{0};
-    } shared{body, count};
+    } shared{body, count, count / 64 + 1};
     const auto work = [](void* data) {
         Shared& all = *static_cast<Shared*>(data);
-        for (long i; (i = all.next.fetch_add(1, std::memory_order_relaxed)) < all.count;) all.body(i);
+        for (long first; (first = all.next.fetch_add(all.few, std::memory_order_relaxed)) < all.count;)
+            for (long i = first; i < std::min(first + all.few, all.count); i++) all.body(i);
     };
     if (count > 1 && GOMP_parallel)
         GOMP_parallel(work, &shared, 0, 0);  // 0: as many as torch.set_num_threads says

@@ -1,10 +1,9 @@
 // What stands between a layer's products: norms, rotation, the write into the cache, SwiGLU. In torch each is a handful of
 // calls, which cost more than the arithmetic when few tokens are decoded. Numbers are computed in float32 and rounded once.
-#include <algorithm>
-#include <cmath>
-#include <cstring>
+#include "elementwise.h"
 
-#include "common.h"
+#include <algorithm>
+#include <cstring>
 
 namespace shoal {
 namespace {
@@ -19,25 +18,6 @@ void for_rows(long rows, long size, const Body& body) {
     });
 }
 
-// x / rms(x) * weight. With a residual, that becomes residual + x first, and is what is normalised.
-template <class T>
-void norm_row(T* out, const T* x, float* residual, const float* weight, long dim, float eps) {
-    __m512 squares = _mm512_setzero_ps();
-    for (long i = 0; i < dim; i += 16) {
-        __m512 value = load(x + i);
-        if (residual) {
-            value = _mm512_add_ps(value, load(residual + i));
-            store(residual + i, value);
-        }
-        squares = _mm512_fmadd_ps(value, value, squares);
-    }
-    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / dim + eps));
-    for (long i = 0; i < dim; i += 16) {
-        const __m512 value = residual ? load(residual + i) : load(x + i);
-        store(out + i, _mm512_mul_ps(_mm512_mul_ps(value, scale), load(weight + i)));
-    }
-}
-
 // shape: tokens, heads, dim, and the numbers from one token of x, one head of x to the next. out is contiguous.
 template <class T>
 void norm(void* out, const void* x, float* residual, const float* weight, float eps, const long* shape) {
@@ -46,16 +26,6 @@ void norm(void* out, const void* x, float* residual, const float* weight, float 
         const T* from = (const T*)x + row / heads * shape[3] + row % heads * shape[4];
         norm_row((T*)out + row * dim, from, residual ? residual + row * dim : nullptr, weight, dim, eps);
     });
-}
-
-// Rotates pairs (i, i + half) of one head.
-template <class T>
-void rotate(T* x, const float* cos, const float* sin, long half) {
-    for (long i = 0; i < half; i += 16) {
-        const __m512 a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
-        store(x + i, _mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c)));
-        store(x + half + i, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
-    }
 }
 
 // shape: tokens, heads of q, of k, rotated dims, and the numbers from token to token and head to head of q and of k.
@@ -77,12 +47,7 @@ void swiglu(void* out, const void* x, const long* shape) {
     const long columns = shape[1];
     for_rows(shape[0], 4 * columns, [&](long row) {  // an exponential counts for a few numbers
         const T* gate = (const T*)x + row * shape[2];
-        for (long i = 0; i < columns; i += 16) {
-            const __m512 g = load(gate + i), up = load(gate + columns + i);
-            const __m512 grown = exp2(_mm512_mul_ps(g, _mm512_set1_ps(-1.44269504088896341f)));
-            const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(grown, _mm512_set1_ps(1)));
-            store((T*)out + row * columns + i, _mm512_mul_ps(silu, up));
-        }
+        for (long i = 0; i < columns; i += 16) gate_16((T*)out + row * columns + i, gate + i, gate + columns + i);
     });
 }
 

@@ -14,9 +14,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from shoal.kernels.kv_codes import largest_code
 from shoal.kernels.matmul import matmul
 from shoal.kernels.one_shot import Peers, one_shot_sum
-from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, KVLayer, SamplingBatch
+from shoal.kernels.ops import (
+    Activation,
+    AttentionBatch,
+    AttentionSpec,
+    HeadNorms,
+    HeadSpec,
+    KVLayer,
+    Rotation,
+    SamplingBatch,
+)
 from shoal.kernels.triton_ops import TritonOps
 
 CPU = torch.device("cpu")
@@ -51,10 +61,19 @@ def only_compile() -> None:
     triton.runtime.jit.JITFunction.run = compile_only
 
 
-def attention(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, spec: AttentionSpec) -> None:
-    """A mixed step: two decodes, one of them long enough to be split, and a prefill."""
+def zero_cache(dtype: torch.dtype, kv_heads: int, dim: int, *, page: int = 64) -> KVLayer:
+    shape = (80, kv_heads, page, dim)
+    scales = [torch.zeros(shape[:3]) for _ in range(2)] if largest_code(dtype) else []
+    return KVLayer(*(torch.zeros(shape, dtype=dtype) for _ in range(2)), *scales)
+
+
+def attention(
+    dtype: torch.dtype, shape: tuple[int, int, int], spec: AttentionSpec, *, stored: torch.dtype | None = None
+) -> None:
+    """A mixed step: two decodes and a prefill. shape: (query heads, KV heads, head dim). With sinks if capped."""
+    heads, kv_heads, dim = shape
     query_lens, kv_lens = (1, 1, 70), (5, 4000, 70)
-    cache = KVLayer(*(torch.zeros(80, kv_heads, 64, dim, dtype=dtype) for _ in range(2)))
+    cache = zero_cache(stored or dtype, kv_heads, dim)
     batch = AttentionBatch(
         torch.tensor([0, 1, 2, 72], dtype=torch.int32),
         torch.tensor(kv_lens, dtype=torch.int32),
@@ -65,7 +84,8 @@ def attention(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, spec: Att
         query_lens,
         kv_lens,
     )
-    TritonOps(CPU).attention(torch.zeros(72, heads, dim, dtype=dtype), cache, batch, spec)
+    sinks_H = None if spec.softcap is None else torch.zeros(heads)
+    TritonOps(CPU).attention(torch.zeros(72, heads, dim, dtype=dtype), cache, batch, spec, sinks_H=sinks_H)
 
 
 def elementwise(dtype: torch.dtype) -> None:
@@ -82,8 +102,12 @@ def elementwise(dtype: torch.dtype) -> None:
     for activation in Activation:
         ops.gated_activation(x, activation)
         ops.activation(x, activation)
-    cache = KVLayer(torch.zeros(9, 8, 64, 128, dtype=dtype), torch.zeros(9, 8, 64, 128, dtype=dtype))
-    ops.write_kv(k, v, cache, torch.zeros(4, dtype=torch.int64))
+    spec = HeadSpec(32, 8, HeadNorms(torch.zeros(128), torch.zeros(128), 1e-5), Rotation(torch.zeros(9, 128), False))
+    at = torch.zeros(4, dtype=torch.int64)
+    for stored in (dtype, torch.int8):
+        cache = zero_cache(stored, 8, 128)
+        ops.write_kv(k, v, cache, at)
+        ops.rotate_and_store(qkv, cache, spec, positions_T=at, slots_T=at)
 
 
 def sampling(dtype: torch.dtype, *, greedy: bool, filtered: bool) -> None:
@@ -104,14 +128,22 @@ def run(case: str) -> None:
             sampling(fp32, greedy=False, filtered=True)
             sampling(bf16, greedy=True, filtered=False)
         case "attention":
-            attention(bf16, 32, 8, 128, plain)
+            attention(bf16, (32, 8, 128), plain)
         case "attention-wide":
-            attention(fp16, 8, 4, 256, capped)
+            attention(fp16, (8, 4, 256), capped)
         case "attention-odd":
-            attention(bf16, 9, 3, 80, plain)
+            attention(bf16, (9, 3, 80), plain)
         case "attention-fp32":
-            attention(fp32, 8, 8, 128, plain)
-            attention(fp32, 4, 1, 256, capped)
+            attention(fp32, (8, 8, 128), plain)
+            attention(fp32, (4, 1, 256), capped)
+        case "attention-int8":
+            attention(bf16, (32, 8, 128), plain, stored=torch.int8)
+            attention(fp16, (8, 4, 256), capped, stored=torch.int8)
+        case "attention-fp8":  # from 8.9 on
+            attention(bf16, (32, 8, 128), plain, stored=torch.float8_e4m3fn)
+            k, v = torch.zeros(2, 4, 8, 128, dtype=bf16)
+            cache = zero_cache(torch.float8_e4m3fn, 8, 128)
+            TritonOps(CPU).write_kv(k, v, cache, torch.zeros(4, dtype=torch.int64))
         case "products":
             matmul(torch.zeros(5, 576, dtype=bf16), torch.zeros(101, 576, dtype=bf16), fp32)
             matmul(torch.zeros(5, 576, dtype=fp32), torch.zeros(101, 576, dtype=fp32))

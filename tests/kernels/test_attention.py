@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from shoal.kernels.decode_attention import DecodeWorkspace, decode_attention
 from shoal.kernels.ops import AttentionBatch, AttentionSpec, KVLayer
 from shoal.kernels.reference import ReferenceOps
 from shoal.kernels.triton_ops import TritonOps
@@ -43,15 +44,18 @@ def make_batch(lens: Lens, page: int, device: torch.device) -> AttentionBatch:
 
 
 def make_cache(batch: AttentionBatch, heads: int, page: int, dim: int, dtype: torch.dtype) -> KVLayer:
-    """Random where the sequences have tokens, NaN everywhere else."""
+    """Random where the sequences have tokens, NaN everywhere else (of 8-bit codes the scales)."""
     device = batch.kv_lens_S.device
     pages = int(batch.block_table_SP.max()) + 1
-    cache = KVLayer(*(torch.full((pages, heads, page, dim), torch.nan, dtype=dtype, device=device) for _ in range(2)))
+    coded = dtype.itemsize == 1
+    k, v = (torch.full((pages, heads, page, dim), torch.nan, device=device) for _ in range(2))
+    k, v = (x.nan_to_num(3.0).to(dtype) if coded else x.to(dtype) for x in (k, v))
+    scales = [torch.full((pages, heads, page), torch.nan, device=device) for _ in range(2)] if coded else []
+    cache = KVLayer(k, v, *scales)
     for row, kv_len in zip(batch.block_table_SP.tolist(), batch.kv_lens, strict=True):
-        for at in range(0, kv_len, page):
-            slots = min(page, kv_len - at)
-            for paged in cache:
-                paged[row[at // page], :, :slots] = torch.randn(heads, slots, dim, device=device)
+        slots = torch.tensor([row[at // page] * page + at % page for at in range(kv_len)], device=device)
+        new = torch.randn(2, kv_len, heads, dim, device=device)
+        ReferenceOps(device).write_kv(*new, cache, slots.long())
     return cache
 
 
@@ -61,16 +65,19 @@ def check(
     shape: tuple[int, int, int, int],
     spec: AttentionSpec = PLAIN,
     dtype: torch.dtype = torch.float32,
+    *,
+    stored: torch.dtype | None = None,
+    sinks_H: torch.Tensor | None = None,
 ) -> None:
     """One step on both implementations; shape is (query heads, KV heads, head dim, page size)."""
     heads, kv_heads, dim, page = shape
     batch = make_batch(lens, page, ops.device)
-    cache = make_cache(batch, kv_heads, page, dim, dtype)
+    cache = make_cache(batch, kv_heads, page, dim, stored or dtype)
     tokens = sum(batch.query_lens)
     fused = torch.randn(tokens, heads + 2 * kv_heads, dim, device=ops.device).to(dtype)
     q = fused[:, :heads]  # a strided view, as the model passes it
-    actual = ops.attention(q, cache, batch, spec)
-    expected = ReferenceOps(ops.device).attention(q, cache, batch, spec)
+    actual = ops.attention(q, cache, batch, spec, sinks_H=sinks_H)
+    expected = ReferenceOps(ops.device).attention(q, cache, batch, spec, sinks_H=sinks_H)
     assert actual.shape == q.shape
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -95,6 +102,57 @@ def test_small_dtypes(ops: TritonOps, dtype: torch.dtype, shape: tuple[int, int,
 @pytest.mark.parametrize("window", [None, 300])
 def test_long_contexts_are_split(ops: TritonOps, shape: tuple[int, int, int, int], window: int | None) -> None:
     check(ops, LONG, shape, AttentionSpec(0.1, window=window, softcap=30.0))
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.float32, (6, 2, 64, 16)), (torch.float16, (4, 1, 128, 64)), (torch.bfloat16, (3, 3, 80, 128))],
+)
+def test_8_bit_caches(
+    ops: TritonOps, stored: torch.dtype, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    check(ops, [*LONG[:2], *MIXED], shape, dtype=dtype, stored=stored)
+    check(ops, MIXED, shape, AttentionSpec(0.2, window=40, softcap=9.0), dtype, stored=stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_values_in_an_8_bit_cache(ops: TritonOps, dtype: torch.dtype) -> None:
+    """Weights times scales reach far below what float16 can tell apart."""
+    batch = make_batch([(1, 300), (40, 200)], 64, ops.device)
+    cache = make_cache(batch, 2, 64, 64, torch.int8)
+    assert cache.v_scale_NKB is not None
+    cache.v_scale_NKB.mul_(1e-3)
+    q = torch.randn(41, 4, 64, device=ops.device).to(dtype) * 3
+    actual, expected = (o.attention(q, cache, batch, PLAIN) for o in (ops, ReferenceOps(ops.device)))
+    torch.testing.assert_close(actual.float() * 1e3, expected.float() * 1e3, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("spec", [PLAIN, AttentionSpec(0.2, window=90, softcap=4.0)])
+@pytest.mark.parametrize("lens", [LONG[3:], [(1, 33), (1, 0), (1, 1), (2, 2), (33, 40)]])
+def test_sinks(ops: TritonOps, lens: Lens, spec: AttentionSpec) -> None:
+    sinks_H = torch.tensor([-100.0, 0.0, 2.0, 5.0, 200.0, 1.0], device=ops.device)
+    check(ops, lens, (6, 2, 64, 16), spec, sinks_H=sinks_H)
+
+
+def test_a_head_of_very_many_tiles(ops: TritonOps) -> None:
+    """One head of one sequence, and more programs than may share it."""
+    batch = make_batch([(1, 17_000)], 64, ops.device)
+    cache, q = make_cache(batch, 1, 64, 16, torch.float16), torch.randn(1, 2, 16, device=ops.device).half()
+    out, workspace = torch.empty_like(q), DecodeWorkspace(ops.device, 100)
+    decode_attention(q, cache, batch, PLAIN, sinks_H=None, out_THE=out, workspace=workspace)
+    torch.testing.assert_close(out, ReferenceOps(ops.device).attention(q, cache, batch, PLAIN), rtol=2e-3, atol=2e-3)
+
+
+def test_a_decode_step_can_be_repeated(ops: TritonOps) -> None:
+    """A launch leaves its workspace as it found it: captured graphs run again and again, layer after layer."""
+    batch = make_batch([(1, 600), (1, 300)], 64, ops.device)
+    cache, q = make_cache(batch, 1, 64, 64, torch.float32), torch.randn(2, 4, 64, device=ops.device)
+    first = ops.attention(q, cache, batch, PLAIN)
+    for spec in (AttentionSpec(0.1, window=700), PLAIN):
+        again = ops.attention(q, cache, batch, spec)
+    assert torch.equal(first, again)
 
 
 @pytest.mark.parametrize("window", [1, 16, 33, 64, 1000])
@@ -232,3 +290,13 @@ def test_reference_softcap_bends_the_logits(on_cpu: ReferenceOps) -> None:
     expected = logits.softmax(0) @ cache.v_NKBE[page, 0, :3]
     actual = on_cpu.attention(q, cache, batch, AttentionSpec(0.7, softcap=2.0))
     torch.testing.assert_close(actual[0, 0], expected)
+
+
+def test_reference_sinks_take_their_share(on_cpu: ReferenceOps) -> None:
+    batch = make_batch([(1, 3)], 16, on_cpu.device)
+    cache, q = make_cache(batch, 1, 16, 8, torch.float32), torch.randn(1, 2, 8)
+    page, sinks = int(batch.block_table_SP[0, 0]), torch.tensor([0.3, -1.0])
+    weights = (cache.k_NKBE[page, 0, :3] @ q[0].T * 0.7).exp()  # [3, heads]
+    expected = (weights / (weights.sum(0) + sinks.exp())).T @ cache.v_NKBE[page, 0, :3]
+    actual = on_cpu.attention(q, cache, batch, AttentionSpec(0.7, softcap=None), sinks_H=sinks)
+    torch.testing.assert_close(actual[0], expected)

@@ -13,6 +13,7 @@ KERNELS = {
     "_matmul_kernel",
     "_norm_kernel",
     "_rope_kernel",
+    "_rotate_and_store_kernel",
     "_activation_kernel",
     "_write_kv_kernel",
     "_threshold_kernel",
@@ -20,7 +21,6 @@ KERNELS = {
     "_pick_kernel",
     "_logprobs_kernel",
     "_decode_kernel",
-    "_reduce_kernel",
     "_prefill_kernel",
     "_one_shot_kernel",
 }
@@ -54,5 +54,7 @@ def test_compiles_every_variant(capability: int) -> None:
         "attention-wide",
         "attention-odd",
         "attention-fp32",
+        "attention-int8",
+        *(["attention-fp8"] if capability >= 89 else []),
     )
     assert compile_for(capability, *cases) == KERNELS

@@ -2,15 +2,16 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from shoal.kernels import native_build
 from shoal.kernels.cpu_native import NativeCpuOps
-from shoal.kernels.native import TILE_ROWS, Native, load_native, pack_q4
+from shoal.kernels.native import TILE_ROWS, Native, load_native, pack_q4, pack_q8, q8_rows
 from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, KVLayer
 from shoal.kernels.reference import ReferenceOps
 
@@ -144,18 +145,38 @@ def test_a_sequence_is_computed_alike_in_any_company(ops: NativeCpuOps, two_thre
         assert torch.equal(ops.attention(q[row : row + 1], cache, alone, SPECS["plain"]), together[row : row + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-@pytest.mark.parametrize("dim", [32, 24])  # of 24 there are no kernels
-@pytest.mark.parametrize("lens", [[(1, 33), (1, 1), (2, 2), (50, 64), (3, 90)], [(5, 100)]])
+@pytest.mark.parametrize("dim", [64, 32, 24])  # of 24 there are no kernels
+@pytest.mark.parametrize("lens", [[(1, 33), (1, 1), (2, 2), (50, 64), (3, 90)], [(5, 100)], [(200, 700), (129, 129)]])
 def test_steps_with_prompts(
-    ops: NativeCpuOps, reference: ReferenceOps, lens: list[tuple[int, int]], dim: int, spec: AttentionSpec
-) -> None:
+    ops: NativeCpuOps, reference: ReferenceOps, *, lens: list[tuple[int, int]], dim: int, dtype: torch.dtype,
+    spec: AttentionSpec,
+) -> None:  # fmt: skip
     batch = make_batch(lens, 16)
-    cache = make_cache(batch, 16, heads=3, dim=dim, dtype=torch.float32)
-    q = make_query(batch, heads=6, kv_heads=3, dim=dim, dtype=torch.float32)
-    torch.testing.assert_close(
-        ops.attention(q, cache, batch, spec), reference.attention(q, cache, batch, spec), atol=1e-5, rtol=1e-5
-    )
+    cache = make_cache(batch, 16, heads=3, dim=dim, dtype=dtype)
+    q = make_query(batch, heads=6, kv_heads=3, dim=dim, dtype=dtype)
+    found, expected = ops.attention(q, cache, batch, spec), reference.attention(q, cache, batch, spec)
+    tolerance = 1e-5 if dtype is torch.float32 else 3e-2  # weights are rounded to bfloat16, too
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_a_prompt_is_computed_alike_however_it_is_cut(
+    ops: NativeCpuOps, spec: AttentionSpec, two_threads: None
+) -> None:
+    whole = make_batch([(300, 300)], 16)
+    cache = make_cache(whole, 16, heads=1, dim=64, dtype=torch.bfloat16)
+    q = make_query(whole, heads=3, kv_heads=1, dim=64, dtype=torch.bfloat16)
+    expected = ops.attention(q, cache, whole, spec)
+    torch.set_num_threads(1)
+    start = 0
+    for count in (2, 9, 64, 128, 90, 7):
+        part = make_batch([(count, start + count)], 16)
+        part.block_table_SP.copy_(whole.block_table_SP[:, : part.block_table_SP.shape[1]])
+        end = start + count
+        assert torch.equal(ops.attention(q[start:end], cache, part, spec), expected[start:end])
+        start = end
 
 
 def test_layers_that_differ_in_one_step(ops: NativeCpuOps, reference: ReferenceOps) -> None:
@@ -235,45 +256,85 @@ def test_write_kv(ops: NativeCpuOps, reference: ReferenceOps, dtype: torch.dtype
         assert all(torch.equal(*pair) for pair in zip(*caches, strict=True))
 
 
-# The 4-bit product
+# The products with packed weights
 
 
-def make_weight(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed, and what it stands for, in float32."""
+class Packed(NamedTuple):
+    """A weight, and what it stands for."""
+
+    product: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+    data: torch.Tensor
+    dense: torch.Tensor  # float32
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, self.data, len(self.dense))
+
+
+def make_weight(native: Native, kind: str, rows: int, columns: int) -> Packed:
+    """kind: q4, or q8 and the columns of a group (0: the whole row)."""
     padded = -(-rows // TILE_ROWS) * TILE_ROWS
-    nibbles = torch.randint(0, 16, (padded, columns))
-    scale, minimum = (torch.randn(padded, columns // 32).half().float() for _ in range(2))
-    dense = nibbles.view(padded, -1, 32) * scale[..., None] + minimum[..., None]
-    return pack_q4(nibbles, scale, minimum), dense.flatten(1)[:rows]
+    if kind == "q4":
+        nibbles = torch.randint(0, 16, (padded, columns))
+        scale, minimum = (torch.randn(padded, columns // 32).half().float() for _ in range(2))
+        dense = nibbles.view(padded, -1, 32) * scale[..., None] + minimum[..., None]
+        return Packed(native.q4_product, pack_q4(nibbles, scale, minimum), dense.flatten(1)[:rows])
+    group = int(kind.removeprefix("q8/")) or columns
+    codes, scale = torch.randint(-128, 128, (padded, columns)), torch.randn(padded, columns // group)
+    dense = codes.view(padded, -1, group) * scale[..., None]
+    return Packed(native.q8_product, pack_q8(codes, scale), dense.flatten(1)[:rows])
 
 
-@pytest.mark.parametrize("columns", [32, 96, 576])
+KINDS = ["q4", "q8/32", "q8/96", "q8/0"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [96, 576])
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 100, 320])
-def test_product_has_the_weights_themselves(native: Native, rows: int, columns: int) -> None:
+def test_product_has_the_weights_themselves(native: Native, kind: str, rows: int, columns: int) -> None:
     """Rows of the identity read the weights out: rounded once, at the end."""
-    packed, dense = make_weight(rows, columns)
-    found = native.q4_product(torch.eye(columns).bfloat16(), packed, rows)
-    torch.testing.assert_close(found, dense.T.bfloat16(), atol=0, rtol=0)
+    weight = make_weight(native, kind, rows, columns)
+    found = weight.apply(torch.eye(columns).bfloat16())
+    torch.testing.assert_close(found, weight.dense.T.bfloat16(), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [0, *range(1, 10), 16, 33, 64, 200])
-def test_product(native: Native, tokens: int, two_threads: None) -> None:
-    packed, dense = make_weight(100, 160)
-    x = torch.randn(tokens, 192).bfloat16()[:, 32:]
-    found, exact = native.q4_product(x, packed, 100), x.double() @ dense.T.double()
+def test_product(native: Native, kind: str, tokens: int, two_threads: None) -> None:
+    weight = make_weight(native, kind, 100, 192)
+    x = torch.randn(tokens, 224).bfloat16()[:, 32:]
+    found, exact = weight.apply(x), x.double() @ weight.dense.T.double()
     # Half a step of bfloat16, and of float32 for each of the sums.
-    assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-3).all())
+    assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-8 + 3e-5 * weight.dense.abs().max()).all())
     assert found.shape == (tokens, 100)
 
 
-def test_a_row_is_the_same_in_any_company(native: Native, two_threads: None) -> None:
-    packed, _ = make_weight(330, 576)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_in_any_company(native: Native, kind: str, two_threads: None) -> None:
+    weight = make_weight(native, kind, 330, 576)
     x = torch.randn(70, 576).bfloat16()
-    whole = native.q4_product(x, packed, 330)
+    whole = weight.apply(x)
     torch.set_num_threads(1)
     for count in (1, 2, 7, 8, 9, 31):
-        parts = [native.q4_product(part, packed, 330) for part in x.split(count)]
-        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(torch.cat([weight.apply(part) for part in x.split(count)]), whole)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 100])
+@pytest.mark.parametrize("group", [32, 96, 192])
+def test_rows_of_a_packed_table(native: Native, rows: int, group: int) -> None:
+    weight = make_weight(native, f"q8/{group}", rows, 192)
+    ids = torch.randint(0, rows, (20,))
+    assert torch.equal(q8_rows(weight.data, ids), weight.dense[ids])
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 30])
+def test_logits_keep_float32(native: Native, kind: str, tokens: int, two_threads: None) -> None:
+    weight = make_weight(native, kind, 300, 192)
+    x = torch.randn(tokens, 224)[:, 32:]
+    found, exact = native.q8_logits(x, weight.data, 300), x.double() @ weight.dense.T.double()
+    assert found.shape == (tokens, 300)
+    assert bool(((found.double() - exact).abs() <= 2e-5 * weight.dense.abs().max()).all())
+    assert torch.equal(found, torch.cat([native.q8_logits(row, weight.data, 300) for row in x.split(1)] or [found]))
 
 
 # How they come to be there

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from shoal.kernels.cpu import CpuOps
+from shoal.kernels.cpu_native import NativeCpuOps
+from shoal.kernels.deterministic import DeterministicCpuOps
+from shoal.kernels.native import load_native
 from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, KVLayer, SamplingBatch
 from shoal.kernels.reference import ReferenceOps
 
@@ -170,7 +173,7 @@ def test_write_kv(ops: CpuOps, reference: ReferenceOps, dtype: torch.dtype, slot
     for implementation in (ops, reference):
         cache = KVLayer(torch.zeros(4, 3, 16, 8, dtype=dtype), torch.zeros(4, 3, 16, 8, dtype=dtype))
         implementation.write_kv(new[:, 3:6], new[:, 6:], cache, slots_T)
-        written.append(torch.stack(cache))
+        written.append(torch.stack(tuple(cache)))
     assert torch.equal(written[0], written[1])
 
 
@@ -181,6 +184,31 @@ SAMPLING = [
     (1.0, 0, 1.0, 0.2), (2.0, 0, 1.0, 1.0), (0.8, 20, 0.8, 0.0), (1.2, 40, 0.95, 0.01), (3.0, 3, 0.5, 0.5),
     (1e-5, 5, 0.5, 0.0), (5.0, 0, 0.999, 0.0), (1.0, 300, 0.9, 0.0), (1.0, 900, 0.99, 0.0),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [CpuOps, DeterministicCpuOps, NativeCpuOps])
+@pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("sinks", [True, False])
+def test_what_no_fast_path_knows(
+    reference: ReferenceOps, *, kind: type[CpuOps], codes: torch.dtype | None, sinks: bool
+) -> None:
+    """A cache of codes, and attention sinks."""
+    native = load_native()
+    if kind is NativeCpuOps and native is None:
+        pytest.skip("no compiler here, or another processor")
+    ops = NativeCpuOps(CPU, native) if kind is NativeCpuOps and native else kind(CPU)
+    batch = make_batch([(1, 40), (1, 3), (5, 20)], 16)
+    pages = int(batch.block_table_SP.max()) + 1
+    sinks_H = torch.randn(6) if sinks else None
+    new, q = torch.randn(pages * 16, 6, 32).bfloat16(), torch.randn(7, 6, 32).bfloat16()
+    attended = []
+    for implementation in (ops, reference):
+        parts = [torch.zeros(pages, 3, 16, 32, dtype=codes or torch.bfloat16) for _ in "kv"]
+        scales = [torch.zeros(pages, 3, 16) if codes else None for _ in "kv"]
+        cache = KVLayer(*parts, *scales)
+        implementation.write_kv(new[:, :3], new[:, 3:], cache, torch.arange(pages * 16))
+        attended.append(implementation.attention(q, cache, batch, AttentionSpec(0.2), sinks_H=sinks_H))
+    close(*attended)
 
 
 def make_sampling(rows: Sequence[tuple[float, int, float, float]], seed: int) -> SamplingBatch:

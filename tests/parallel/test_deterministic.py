@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.parallel.quant import HalfLinear, Int4Linear, packed_linear
+from shoal.parallel.int4 import Int4Linear
+from shoal.parallel.int8 import Int8Linear
+from shoal.parallel.quant import HalfLinear, select_kernels
 
-from .test_quant import make_rows
+from .test_quant import make_codes, random_codes
 
 CPU = torch.device("cpu")
 
@@ -31,15 +33,16 @@ def rows_are_their_own(product: Callable[[Tensor], Tensor], x_TD: Tensor) -> Non
 def test_packed_products(monkeypatch: pytest.MonkeyPatch, *, shape: tuple[int, int], native: bool) -> None:
     if not native:
         monkeypatch.setattr("shoal.parallel.quant.load_native", lambda: None)
-    rows, dense = make_rows("Q4_1", [shape[0]], shape[1])
-    method = packed_linear("Q4_1", rows, in_features=shape[1], device=CPU, dtype=torch.bfloat16, deterministic=True)
-    if method is None:
-        pytest.skip("torch packs int4 in a way we do not know on this CPU")
-    assert native or isinstance(method, Int4Linear)
-    x = torch.randn(150, shape[1]).bfloat16()
-    rows_are_their_own(method.apply, x)
-    expected = x.float() @ dense.T
-    assert (method.apply(x).float() - expected).norm() <= 1e-2 * expected.norm()
+    kernels = select_kernels(CPU, torch.bfloat16, deterministic=True)
+    for codes, dense in (make_codes("Q4_1", *shape), random_codes(8, *shape, shape[1], zeros=False)):
+        method = kernels.make(codes)
+        if method is None:
+            pytest.skip("torch packs int4 in a way we do not know on this CPU")
+        assert native or isinstance(method, Int4Linear | Int8Linear)
+        x = torch.randn(150, shape[1]).bfloat16()
+        rows_are_their_own(method.apply, x)
+        expected = x.float() @ dense.T
+        assert (method.apply(x).float() - expected).norm() <= 1e-2 * expected.norm()
 
 
 @pytest.mark.skipif(not HalfLinear.is_available(), reason="needs FBGEMM")

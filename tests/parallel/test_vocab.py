@@ -276,7 +276,7 @@ ASKED = [
 def rank_draws(vocab: int, comm: GroupComm | None, *, seed: int) -> list[Sampled]:
     """Six steps of six sequences; sequences 1 and 3 are under a mask in every other step."""
     sampler = Sampler(CpuOps(CPU), vocab, comm=comm)
-    table = SequenceTable(num_slots=len(ASKED), max_model_len=32, block_size=16, device=CPU)
+    table = SequenceTable(num_slots=len(ASKED), max_model_len=32, block_size=16)
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, vocab, (4,), generator=generator).tolist()
     for slot, params in enumerate(ASKED):
