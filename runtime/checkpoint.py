@@ -6,26 +6,25 @@ Nothing is read until asked for, and only the asked-for slice is: each rank maps
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
+
+from ..parallel.codes import Kind, Quantised
 
 Cut = tuple[slice, ...]
 """One slice a dim, with step 1 and bounds inside the shape; a missing tail means whole dims."""
 
 
 @dataclass(frozen=True, slots=True)
-class PackedBlocks:
-    """Rows of a matrix as the file's own quantised blocks.
+class Form:
+    """How a quantised matrix is stored.
 
-    data: uint8 [rows, bytes of a row], a view of the mapped file. Each row is a whole number of blocks of
-    `block_len` weights in `block_bytes` bytes, laid out as `format` says (GGUF's name: "Q4_1", "Q8_0", ...).
+    format: its name, for messages. group: columns that share a scale, between which cuts are best made; 1: anywhere.
+    kind: what `Checkpoint.codes` gives; None: there are no codes, only numbers.
     """
 
     format: str
-    data: NDArray[np.uint8]
-    block_len: int
-    block_bytes: int
+    group: int
+    kind: Kind | None
 
 
 class Checkpoint(Protocol):
@@ -46,9 +45,13 @@ class Checkpoint(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def tensor(self, name: str, cut: Cut = ()) -> Tensor:
-        """The slice, dense, on the CPU, in the stored dtype (dequantised blocks: float32)."""
+        """The slice, dense, on the CPU, in the stored dtype (dequantised: float32)."""
         ...
 
-    def blocks(self, name: str, cut: Cut = ()) -> PackedBlocks | None:
-        """The slice of a matrix as packed blocks; None if it is stored dense or the cut splits a block."""
+    def form(self, name: str) -> Form | None:
+        """How a matrix is quantised; None if it is stored dense."""
+        ...
+
+    def codes(self, name: str, cut: Cut = ()) -> Quantised | None:
+        """The slice of a quantised matrix as codes, on the CPU; None if it is stored dense or has no codes."""
         ...

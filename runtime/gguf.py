@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .checkpoint import Cut, PackedBlocks
+from ..parallel.blocks import group_of_blocks, kind_of_blocks, read_blocks, reads_blocks
+from ..parallel.codes import Codes, cut_columns
+from .checkpoint import Cut, Form
 from .errors import CheckpointError
 from .gguf_file import GGUFFile, TensorEntry
 from .gguf_names import IGNORED_TENSORS, Change, Metadata, build_config, family_of
@@ -68,15 +70,24 @@ class GGUFCheckpoint:
         part = part - 1 if change is Change.PLUS_ONE else part
         return (part.T if change is Change.TRANSPOSED else part).contiguous()
 
-    def blocks(self, name: str, cut: Cut = ()) -> PackedBlocks | None:
+    def form(self, name: str) -> Form | None:
         entry, change = self._find(name)
-        if entry.format in _FLOATS or len(entry.shape) != 2 or change not in _KEEPS_BLOCKS:
+        if entry.format in _FLOATS or len(entry.shape) != 2:
             return None
-        rows, columns = self._ranges(name, cut)
-        if columns[0] % entry.block_len or columns[1] % entry.block_len:
+        if change not in _KEEPS_BLOCKS or not reads_blocks(entry.format):
+            return Form(entry.format, entry.block_len, None)
+        return Form(entry.format, group_of_blocks(entry.format), kind_of_blocks(entry.format))
+
+    def codes(self, name: str, cut: Cut = ()) -> Codes | None:
+        entry, change = self._find(name)
+        if entry.format in _FLOATS or change not in _KEEPS_BLOCKS or not reads_blocks(entry.format):
             return None
-        start, stop = (at // entry.block_len * entry.block_bytes for at in columns)
-        return PackedBlocks(entry.format, self._rows(name, rows)[:, start:stop], entry.block_len, entry.block_bytes)
+        rows, (start, stop) = self._ranges(name, cut)
+        first, last = start // entry.block_len, -(-stop // entry.block_len)
+        blocks = self._rows(name, rows)[:, first * entry.block_bytes : last * entry.block_bytes]
+        codes = read_blocks(entry.format, torch.from_numpy(np.array(blocks)))
+        skipped = first * entry.block_len
+        return cut_columns(codes, start - skipped, stop - skipped)
 
     def _find(self, name: str) -> tuple[TensorEntry, Change]:
         if name not in self._places:

@@ -1,4 +1,4 @@
-"""A folder of safetensors files as a `Checkpoint`: one file, or shards with an index.
+"""A folder of safetensors files as a `Checkpoint`: one file, or shards with an index. Quantised: see `quantised.py`.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes with the header's length, a JSON header, the data). Files are
 mapped; a slice of a tensor is a view of the map, so what is not asked for is never read.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Cut, PackedBlocks
+from .checkpoint import Cut
 from .errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -129,7 +129,10 @@ class SafetensorsCheckpoint:
         """A view of the mapped file: to be copied from, never written to."""
         return self._file(name).view(name)[cut]
 
-    def blocks(self, name: str, cut: Cut = ()) -> PackedBlocks | None:
+    def form(self, name: str) -> None:
+        return None
+
+    def codes(self, name: str, cut: Cut = ()) -> None:
         return None
 
     def _directory_file(self) -> Path:

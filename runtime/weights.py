@@ -1,18 +1,23 @@
 """Reads a rank's slices of the weights from a `Checkpoint` and holds them to the config's shapes."""
 
+import logging
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from ..kernels.ops import Ops
+from ..parallel.codes import Codes, Kind, Quantised, stack
 from ..parallel.linear import Layer, cast_linear, float32_linear, table_lookup
 from ..parallel.partition import length
-from ..parallel.quant import BlockTable, DenseLinear, HalfLinear, LinearMethod, packed_linear
-from .checkpoint import Checkpoint, Cut, PackedBlocks
+from ..parallel.quant import CodeTable, DenseLinear, HalfLinear, LinearMethod, StackedLinear, select_kernels
+from .checkpoint import Checkpoint, Cut, Form
 from .errors import CheckpointError
 from .models.naming import Names
 from .models.pieces import Piece
+
+log = logging.getLogger(__name__)
 
 CHUNK = 1 << 24  # weights that are converted at once: bounds the memory beside the result
 
@@ -28,6 +33,9 @@ class WeightReader:
         self._checkpoint = checkpoint
         self._names = frozenset(checkpoint.names())
         self._read: set[str] = set()
+        self._kernels = select_kernels(self.device, dtype, deterministic=ops.deterministic)
+        self._warned: set[str] = set()
+        self._table: tuple[list[Piece], Layer] | None = None  # the head's rows, for an embedding that is tied to it
         self.prefix = self._find_prefix(names)
 
     def _find_prefix(self, names: Names) -> str:
@@ -68,37 +76,74 @@ class WeightReader:
         return self._count(torch.cat(parts).to(self.device))
 
     def linear(self, pieces: Sequence[Piece], *, transposed: bool = False) -> LinearMethod:
-        """A layer of pieces that lie one under the other: as the file's blocks if a kernel takes them, else dense."""
+        """A layer of pieces that lie one under the other: from codes where the device has a kernel, else dense."""
         if transposed:
             return DenseLinear(self.dense(pieces, transposed=True), self._ops.linear)
-        return self.packed(pieces) or DenseLinear(self.dense(pieces), self._ops.linear)
+        parts = [part for run in self._runs(pieces) for part in self._packed_parts(run)]
+        methods: list[LinearMethod] = []
+        for is_dense, run in groupby(parts, lambda part: part[1] is None):
+            if is_dense:
+                methods.append(self._dequantised([piece for some, _ in run for piece in some]))
+            else:
+                methods += [method for _, method in run if method is not None]
+        return methods[0] if len(methods) == 1 else StackedLinear(methods)
+
+    def _runs(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
+        """Neighbours that are stored alike, together."""
+        return [list(run) for _, run in groupby(pieces, lambda piece: self._form(piece.module))]
+
+    def _packed_parts(self, run: list[Piece]) -> list[tuple[list[Piece], LinearMethod | None]]:
+        """The pieces with their method: one for all if there is one, as not for those in orders of their own."""
+        method = self.packed(run)
+        if method is not None or len(run) == 1:
+            return [(run, method)]
+        return [([piece], self.packed([piece])) for piece in run]
+
+    def _form(self, module: str) -> Form | None:
+        return self._checkpoint.form(f"{module}.weight") if self.has(module) else None
+
+    def _dequantised(self, pieces: Sequence[Piece]) -> LinearMethod:
+        for piece in pieces:
+            form = self._form(piece.module)
+            if form is not None and form.format not in self._warned:
+                self._warned.add(form.format)
+                log.warning(
+                    "%s weights have no kernel here (%s, %s): they are held in %s",
+                    form.format,
+                    self.device.type,
+                    piece.module,
+                    str(self.dtype).removeprefix("torch."),
+                )
+        return DenseLinear(self.dense(pieces), self._ops.linear)
 
     def packed(self, pieces: Sequence[Piece]) -> LinearMethod | None:
-        """The pieces as the file's own blocks; None if they are not, or if no kernel takes them."""
-        found: list[PackedBlocks] = []
+        """A method over the pieces' codes; None if they have none, or if no kernel of the device takes them."""
+        codes = self._codes(pieces)
+        method = None if codes is None else self._kernels.make(codes)
+        self.num_bytes += 0 if method is None else method.num_bytes()
+        return method
+
+    def _codes(self, pieces: Sequence[Piece]) -> Quantised | None:
+        """Of all pieces, one under the other, if a kernel may take them."""
+        found: list[Quantised] = []
         for piece in pieces:
             self._check_piece(piece, transposed=False)
-            blocks = self._checkpoint.blocks(f"{piece.module}.weight", (piece.rows, piece.cols))
-            if blocks is None or (found and blocks.format != found[0].format):
+            form = self._form(piece.module)
+            if form is None or form.kind not in self._kernels.kinds:
                 return None
-            found.append(blocks)
-        method = packed_linear(
-            found[0].format,
-            [blocks.data for blocks in found],
-            in_features=length(pieces[0].cols),
-            device=self.device,
-            dtype=self.dtype,
-            deterministic=self._ops.deterministic,
-        )
-        self.num_bytes += method.num_bytes() if method else 0
-        return method
+            codes = self._checkpoint.codes(f"{piece.module}.weight", (piece.rows, piece.cols))
+            if codes is None:
+                return None
+            found.append(codes)
+        return stack(found)
 
     def logits(self, pieces: Sequence[Piece]) -> tuple[Layer, Tensor | None]:
         """The head, float32 -> float32, and its weight if that is dense and so may serve as embedding table, too."""
-        packed = self.packed(pieces)
-        if packed is not None:
-            return cast_linear(packed, self.dtype), None
         on_cpu = self.device.type == "cpu"
+        if on_cpu and (codes := self._codes(pieces)) is not None:
+            layer = self._logits_from_codes(pieces, codes)
+            if layer is not None:
+                return layer, None
         weight_VD = self._dense(pieces, dtype=torch.float32 if on_cpu else self.dtype)
         if on_cpu and self.dtype != torch.float32 and HalfLinear.is_available():
             half = HalfLinear(weight_VD)
@@ -106,14 +151,29 @@ class WeightReader:
             return half.apply, None
         return float32_linear(self._count(weight_VD), self._ops.linear), weight_VD
 
+    def _logits_from_codes(self, pieces: Sequence[Piece], codes: Quantised) -> Layer | None:
+        head = self._kernels.head(codes)
+        if head is not None:
+            self.num_bytes += head.num_bytes()
+            self._table = (list(pieces), head.lookup)
+            return head.logits
+        # Only 4 bits make up for logits that are rounded to the activations' dtype.
+        method = self._kernels.make(codes) if codes.kind is Kind.INT4 else None
+        if method is None:
+            return None
+        self.num_bytes += method.num_bytes()
+        return cast_linear(method, self.dtype)
+
     def lookup(self, pieces: Sequence[Piece]) -> Layer:
-        """An embedding table: ids [T] -> rows [T, D]. On a CPU the file's own blocks serve where they can."""
+        """An embedding table: ids [T] -> rows [T, D]. On a CPU it stays as codes where it is stored so."""
+        if self._table is not None and self._table[0] == list(pieces):
+            return self._table[1]
         if self.device.type == "cpu" and len(pieces) == 1:
             piece = pieces[0]
             self._check_piece(piece, transposed=False)
-            blocks = self._checkpoint.blocks(f"{piece.module}.weight", (piece.rows, piece.cols))
-            if blocks is not None and BlockTable.reads(blocks.format):
-                table = BlockTable(blocks.format, blocks.data)
+            codes = self._checkpoint.codes(f"{piece.module}.weight", (piece.rows, piece.cols))
+            if isinstance(codes, Codes):
+                table = CodeTable(codes)
                 self.num_bytes += table.num_bytes()
                 return table.lookup
         return table_lookup(self.dense(pieces))
@@ -145,10 +205,10 @@ class WeightReader:
             else:
                 part.copy_(self._slice(name, (rows, piece.cols)))
 
-    def block_len(self, module: str) -> int:
-        """Weights of a row that share a scale: rows are best cut between them. 1 for a dense matrix."""
-        blocks = self._checkpoint.blocks(f"{module}.weight", (slice(0, 1),)) if self.has(module) else None
-        return 1 if blocks is None else blocks.block_len
+    def group(self, module: str) -> int:
+        """Columns of a matrix that share a scale: they are best cut between groups. 1 for a dense matrix."""
+        form = self._form(module)
+        return 1 if form is None else form.group
 
     def equal(self, one: Piece, other: Piece) -> bool:
         """Whether two matrices hold the same numbers."""
@@ -159,7 +219,7 @@ class WeightReader:
 
     def _slice(self, name: str, cut: Cut) -> Tensor:
         tensor = self._checkpoint.tensor(name, cut)
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:  # quantised: means nothing without scales
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:  # means nothing without scales
             raise CheckpointError(
                 f"{self._checkpoint.file_of(name)}: tensor {name!r}: expected a dtype of 16 bits or more, "
                 f"found {str(tensor.dtype).removeprefix('torch.')}"

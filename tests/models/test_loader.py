@@ -4,15 +4,15 @@ import json
 import logging
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from shoal.kernels.reference import ReferenceOps
+from shoal.parallel.codes import Codes, Kind
 from shoal.parallel.comm import SoloComm
 from shoal.parallel.quant import DenseLinear
-from shoal.runtime.checkpoint import PackedBlocks
+from shoal.runtime.checkpoint import Form
 from shoal.runtime.errors import CheckpointError, ConfigError
 from shoal.runtime.loader import load_decoder
 from shoal.runtime.models.spec import ModelSpec
@@ -163,36 +163,50 @@ def test_stages_make_the_whole(tiny):
     assert sum(stage.weight_bytes for stage in stages) == whole.weight_bytes
 
 
-class Blocks(SafetensorsCheckpoint):
-    """Matrices as blocks of four float32 numbers: a packed format that loses nothing."""
+class Coded(SafetensorsCheckpoint):
+    """Matrices as codes that are the very numbers, but for one that has none."""
 
-    def blocks(self, name, cut=()):
-        whole = self.tensor(name)
-        part = whole[cut]
-        if whole.ndim != 2 or "down_proj" in name or part.storage_offset() % 4 or part.shape[1] % 4:
+    def form(self, name):
+        return Form("TEST", 1, Kind.INT8) if len(self.shape(name)) == 2 else None
+
+    def codes(self, name, cut=()):
+        if "down_proj" in name:
             return None
-        return PackedBlocks("TEST", part.contiguous().numpy().view(np.uint8), block_len=4, block_bytes=16)
+        part = self.tensor(name, cut)
+        return Codes(part, torch.ones(len(part), 1), None, part.shape[1], part.shape[1])
 
 
-def test_blocks_are_kept_where_there_is_a_kernel_for_them(tiny, agree, monkeypatch):
-    packed = []
+class Recorded:
+    """Kernels that take everything."""
 
-    def packed_linear(format, rows, *, in_features, device, dtype, deterministic):
-        packed.append((format, [part.shape[0] for part in rows], in_features))
-        return DenseLinear(torch.from_numpy(np.concatenate(rows).view(np.float32)))
+    kinds = frozenset(Kind)
 
-    monkeypatch.setattr("shoal.runtime.weights.packed_linear", packed_linear)
-    made = tiny("llama", tie_word_embeddings=True, num_hidden_layers=1)
-    monkeypatch.setattr(made, "checkpoint", lambda: Blocks(made.folder), raising=False)
-    agree(made, made.decoder())
-    q_k_v, gate_up, out, head = [48, 16, 16], [72, 72], [48], [101]
-    assert sorted(packed) == sorted(("TEST", rows, 48) for rows in (q_k_v, gate_up, out, head))
+    def __init__(self):
+        self.made = []
+
+    def make(self, weight):
+        self.made.append((weight.out_features, weight.in_features))
+        return DenseLinear(weight.dense())
+
+    def head(self, weight):
+        return None
 
 
-def test_without_a_kernel_blocks_are_read_as_numbers(tiny, agree, monkeypatch):
-    monkeypatch.setattr("shoal.runtime.weights.packed_linear", lambda *_, **__: None)
+def test_codes_are_kept_where_there_is_a_kernel_for_them(tiny, agree, monkeypatch, caplog):
+    kernels = Recorded()
+    monkeypatch.setattr("shoal.runtime.weights.select_kernels", lambda *_, **__: kernels)
+    made = tiny("llama", tie_word_embeddings=True, num_hidden_layers=2)
+    monkeypatch.setattr(made, "checkpoint", lambda: Coded(made.folder), raising=False)
+    with caplog.at_level(logging.WARNING):
+        agree(made, made.decoder())
+    q_k_v, gate_up, out = (80, 48), (144, 48), (48, 48)
+    assert sorted(kernels.made) == sorted([q_k_v, gate_up, out] * 2)
+    assert caplog.text.count("TEST") == 1  # of down_proj, in the first layer that has it
+
+
+def test_without_a_kernel_codes_are_read_as_numbers(tiny, agree, monkeypatch):
     made = tiny("llama", tie_word_embeddings=True)
-    monkeypatch.setattr(made, "checkpoint", lambda: Blocks(made.folder), raising=False)
+    monkeypatch.setattr(made, "checkpoint", lambda: Coded(made.folder), raising=False)
     agree(made, made.decoder())
 
 
@@ -323,12 +337,6 @@ def test_weights_that_need_scales_are_refused(tiny, dtype):
     made = tiny("llama")
     rewrite(made, lambda tensors: tensors | {Q: tensors[Q].to(dtype)})
     assert str(dtype).removeprefix("torch.") in refused(made)
-
-
-def test_quantised_checkpoints_are_refused(tiny):
-    made = tiny("llama")
-    write_config(made, quantization_config={"quant_method": "awq"})
-    assert "awq" in refused(made)
 
 
 def test_more_positions_than_were_learned(tiny):

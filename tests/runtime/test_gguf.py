@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import dequantize, quantize
+from gguf.quants import quantize
 
 from shoal.runtime.errors import CheckpointError
 from shoal.runtime.gguf import GGUFCheckpoint
@@ -139,21 +139,21 @@ def test_cuts_and_blocks(architecture: str, kind: GGMLQuantizationType, tmp_path
         for _ in range(4):
             cut = tuple(slice(*sorted(rng.sample(range(size + 1), 2))) for size in whole.shape)
             assert torch.equal(checkpoint.tensor(name, cut), whole[cut])
-            blocks = checkpoint.blocks(name, cut)
-            if blocks is not None:
-                assert torch.equal(torch.from_numpy(dequantize(blocks.data.copy(), kind)), whole[cut])
+            codes = checkpoint.codes(name, cut)
+            if codes is not None:
+                torch.testing.assert_close(codes.dense(), whole[cut], rtol=0, atol=1e-6)
         assert torch.equal(checkpoint.tensor(name, (slice(1, 3),)), whole[1:3])
     if architecture == "llama":
         name = "model.layers.0.self_attn.q_proj.weight"
-        blocks = checkpoint.blocks(name, (slice(3, 40), slice(32, 64)))
+        form, codes = checkpoint.form(name), checkpoint.codes(name, (slice(3, 40), slice(32, 64)))
         if kind is GGMLQuantizationType.F16:
-            assert blocks is None
+            assert form is None
+            assert codes is None
         else:
-            assert blocks is not None
-            assert torch.equal(
-                torch.from_numpy(dequantize(blocks.data.copy(), kind)), checkpoint.tensor(name)[3:40, 32:64]
-            )
-        assert checkpoint.blocks(name, (slice(0, 8), slice(16, 64))) is None  # splits a block
+            assert form is not None
+            assert (form.format, form.group) == (kind.name, 32)
+            assert codes is not None
+            assert codes.order_D is None
 
 
 def test_llama3_rope_scaling_is_found_again(tmp_path: Path) -> None:
