@@ -41,6 +41,7 @@ _GAUGES = {
     "num_requests_waiting": ("Generations waiting for a place in the batch.", "num_waiting"),
     "kv_cache_usage_perc": ("Share of the KV blocks in use, 0 to 1.", "kv_usage"),
     "kv_cache_blocks": ("KV blocks there are.", "num_blocks"),
+    "spec_acceptance_length": ("Tokens that a row with guesses has brought, on average.", "acceptance_length"),
     "tokens_owed": ("The most that live generations may still cost, in tokens.", "tokens_owed"),
 }
 _TOTALS = {
@@ -52,6 +53,9 @@ _TOTALS = {
     "rank_restarts": ("Restarts of all ranks.", "restarts"),
     "generations_quarantined": ("Generations that ran alone after a failure.", "quarantined"),
     "generations_poisoned": ("Generations ended for making ranks fail.", "poisoned"),
+    "spec_drafts": ("Rows that carried guesses.", "spec_drafts"),
+    "spec_drafted_tokens": ("Tokens guessed.", "spec_drafted_tokens"),
+    "spec_accepted_tokens": ("Guesses that were right.", "spec_accepted_tokens"),
     "engine_steps": ("Steps of the engine.", "steps"),
     "engine_host_seconds": ("Seconds spent scheduling and updating.", "host_s"),
     "engine_device_seconds": ("Seconds spent computing.", "device_s"),

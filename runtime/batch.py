@@ -4,6 +4,7 @@ The table lives in numpy arrays that are updated in place, one row a slot; a ste
 handful of vectorised operations, whatever the number of sequences. Shape letters are those of `kernels/ops.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,10 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One step's tensors. `rows_R` are the tokens (of T) whose logits draw the next token of `slots[i]`."""
+    """One step's tensors. `rows_R` are the tokens (of T) whose logits draw the next token of `slots[i]`.
+
+    A slot with guesses has several rows, side by side: one for its last known token and one for each guess.
+    """
 
     token_ids_T: Tensor  # int64
     positions_T: Tensor  # int64
@@ -34,8 +38,7 @@ class StepBatch:
 class SequenceTable:
     """What a rank knows of each slot's sequence: tokens, pages and how it samples."""
 
-    def __init__(self, *, num_slots: int, max_model_len: int, block_size: int, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, *, num_slots: int, max_model_len: int, block_size: int) -> None:
         self._block_size = block_size
         # One more column: the last token a sequence may draw stands at max_model_len.
         self.tokens: Ints = np.zeros((num_slots, max_model_len + 1), np.int32)
@@ -66,12 +69,18 @@ class SequenceTable:
         self._min_p[slot] = params.min_p
         self._seed[slot] = admission.seed
 
+    def foresee(self, slot: int, pages: list[int]) -> None:
+        """Write the whole block table of a slot, with pages that a plan is yet to append."""
+        self._pages[slot, : len(pages)] = pages
+
     def append(self, slots: list[int], positions: Ints, tokens: NDArray[np.int64]) -> None:
         """Store drawn tokens in their own rows, where the next step reads them."""
         self.tokens[slots, positions] = tokens
 
-    def batch(self, slices: list[Slice]) -> StepBatch:
-        """The tensors of one step."""
+    def batch(self, slices: list[Slice], drafts: Mapping[int, list[int]] | None = None) -> StepBatch:
+        """The tensors of one step. drafts: guesses by slot, see `StepPlan`."""
+        if drafts:
+            slices = self._spread(slices, drafts)
         slot_S = np.array([s.slot for s in slices], np.int64)
         start_S = np.array([s.start for s in slices], np.int32)
         count_S = np.array([s.count for s in slices], np.int32)
@@ -109,6 +118,23 @@ class SequenceTable:
             sampling=self._sampling(sampling_slots, next_positions),
         )
 
+    def _spread(self, slices: list[Slice], drafts: Mapping[int, list[int]]) -> list[Slice]:
+        """Write the guesses behind the known tokens, and give each token of such a slice a slice of its own.
+
+        To attention they are sequences that share pages, each a token longer: all keys are stored before any is read.
+        So a guess is computed as a decoded token is, by the same kernels and with the same numbers.
+        """
+        spread: list[Slice] = []
+        for part in slices:
+            guesses = drafts.get(part.slot)
+            if guesses is None:
+                spread.append(part)
+                continue
+            end = part.start + part.count
+            self.tokens[part.slot, end - len(guesses) : end] = guesses
+            spread += [Slice(part.slot, start, 1, True) for start in range(part.start, end)]
+        return spread
+
     def _sampling(self, slots: NDArray[np.int64], positions: Ints) -> SamplingBatch:
         temperature, top_k = self._temperature[slots], self._top_k[slots]
         top_p, min_p = self._top_p[slots], self._min_p[slots]
@@ -126,4 +152,4 @@ class SequenceTable:
         )
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return torch.from_numpy(array)

@@ -14,24 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
+from msgspec import structs
 
 from ..kernels.select import prepare_ops
 from ..parallel.comm import SoloComm
 from ..parallel.grid import Grid
 from ..parallel.group import GroupStartError, LocalGroup, RankInfo, WorkerGroup
 from .blocks import BlockPool
+from .build_speculation import build_speculation, plan_draft
 from .config import EngineConfig
 from .engine import Engine
 from .errors import CheckpointError, ConfigError, MemoryPlanError, StartupError
 from .hub import resolve_model
 from .memory import GIB
 from .models.spec import ModelSpec
+from .models.spec_cache import remembered_spec
 from .plan import StepPlan, StepResult
 from .policy import select_policy
 from .rank import DTYPES, RankSpec, build_worker, decode_result, encode_plan, open_checkpoint
 from .scheduler import Scheduler
 from .sequence import Limits
 from .share import Share, deal
+from .speculation import Speculation
 
 if TYPE_CHECKING:
     from ..parallel.launcher import Launcher
@@ -73,7 +77,7 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None, launcher
         launcher = launcher or _local_launcher()
         launcher.warm()
     path = resolve_model(config.model)
-    spec = ModelSpec.from_config(open_checkpoint(path).config, max_len=config.max_model_len)
+    spec = remembered_spec(open_checkpoint(path).config, max_len=config.max_model_len)
     resolved = config.model_copy(
         update={"device": device.type, "dtype": _dtype(config, spec), "max_model_len": _max_model_len(config, spec)}
     )
@@ -81,9 +85,28 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None, launcher
     shares = deal(spec, grid, config.pp_layers)
     depth = _num_microbatches(config) + 1 if config.pp_schedule == "ring" else _num_microbatches(config)
     rank_spec = RankSpec.of(resolved, model_path=path, spec=spec, depth=depth)
+    draft = plan_draft(resolved, spec)
+    if draft is not None and draft.device.type == device.type:
+        rank_spec = structs.replace(
+            rank_spec, set_aside_bytes=draft.fixed_bytes, set_aside_bytes_a_block=draft.block_bytes
+        )
     group, num_blocks = _alone(rank_spec, shares[0]) if launcher is None else _grid(rank_spec, grid, launcher)
     eos_token_ids = _eos_token_ids(path, spec)
-    scheduler = _scheduler(resolved, spec, num_blocks=num_blocks, eos_token_ids=eos_token_ids, secret=secret)
+    try:
+        speculation = build_speculation(resolved, draft, num_blocks=num_blocks)
+    except BaseException:  # nobody else would end the ranks
+        group.close()
+        raise
+    if draft is not None:
+        log.info("%s", draft.describe(num_blocks))
+    scheduler = _scheduler(
+        resolved,
+        spec,
+        num_blocks=num_blocks,
+        eos_token_ids=eos_token_ids,
+        secret=secret,
+        speculation=speculation,
+    )
     return Replica(
         engine=Engine(scheduler, group),
         spec=spec,
@@ -177,6 +200,7 @@ def _scheduler(
     num_blocks: int,
     eos_token_ids: tuple[int, ...],
     secret: bytes | None,
+    speculation: Speculation,
 ) -> Scheduler:
     limits = Limits(
         max_model_len=config.max_model_len or spec.max_len,
@@ -195,6 +219,7 @@ def _scheduler(
         policy=select_policy(config.scheduling_policy),
         clock=time.monotonic,
         secret=secret or secrets.token_bytes(32),
+        speculation=speculation,
     )
 
 

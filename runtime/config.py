@@ -32,6 +32,11 @@ class EngineConfig(BaseModel):
         None, ge=1, le=64, description="Micro-batches between two barriers of gpipe; default: as many as stages."
     )
     block_size: int = Field(32, ge=16, le=256, description="Tokens in a KV block (a page); a power of two.")
+    kv_cache_dtype: Literal["auto", "bfloat16", "int8", "fp8"] = Field(
+        "auto",
+        description="Of keys and values in the cache; int8, fp8: half of bfloat16's bytes, a scale for each token and "
+        "head; auto: the model's.",
+    )
     kv_cache_memory_gb: float | None = Field(
         None,
         gt=0,
@@ -45,8 +50,20 @@ class EngineConfig(BaseModel):
     scheduling_policy: Literal["fcfs", "priority", "fair"] = Field(
         "fcfs", description="Who is next, who is preempted; fair: by priority, then in turns between tenants."
     )
+    speculative_model: str | None = Field(
+        None,
+        description="Guesses tokens, so that a step may say several; answers stay the same. ngram: what followed the "
+        "same words before; or a smaller model of the same vocabulary: a folder, a hub id or a .gguf file.",
+    )
+    num_speculative_tokens: int = Field(4, ge=1, le=16, description="Guesses a sequence and step, at most.")
+    speculative_max_batch: int = Field(
+        4, ge=1, description="Nobody is guessed at while more sequences run: then steps have enough to compute."
+    )
     deterministic: bool = Field(
         False, description="One reduction order for every batch size: continuations equal the undisturbed run."
+    )
+    enforce_eager: bool = Field(
+        False, description="Launch every kernel each step; else decode steps on a GPU replay captured CUDA graphs."
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads a rank; default: cores / ranks on the node.")
     step_timeout_s: float = Field(

@@ -225,5 +225,8 @@ def stats_of(scheduler: Scheduler) -> Stats:
         preemptions=counters.preemptions,
         quarantined=counters.quarantined,
         poisoned=counters.poisoned,
+        spec_drafts=counters.spec_drafts,
+        spec_drafted_tokens=counters.spec_drafted_tokens,
+        spec_accepted_tokens=counters.spec_accepted_tokens,
         finished=dict(counters.finished),
     )

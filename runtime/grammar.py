@@ -45,6 +45,16 @@ class Constraint(Protocol):
         """
         ...
 
+    def look_ahead(self, tokens: list[int]) -> list[bytes]:
+        """The masks behind each of these tokens if they came next, up to the first that may not or that ends the log.
+
+        The log stays as it is. Only for a log whose `mask` is not None.
+
+        Raises:
+            RowFailed: the grammar engine gave up on this log.
+        """
+        ...
+
 
 class FreeConstraint:
     """No constraint."""
@@ -56,6 +66,9 @@ class FreeConstraint:
 
     def advance(self, token: int) -> None:
         pass
+
+    def look_ahead(self, tokens: list[int]) -> list[bytes]:
+        return []
 
 
 FREE = FreeConstraint()
@@ -72,7 +85,7 @@ class LLGuidanceConstraint:
     def finished(self) -> bool:
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
-    def mask(self) -> bytes | None:
+    def mask(self) -> bytes:
         bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise RowFailed(f"the grammar engine gave up on this output: {_reason(self._matcher)}")
@@ -81,6 +94,16 @@ class LLGuidanceConstraint:
     def advance(self, token: int) -> None:
         if not 0 <= token < self._vocab_size or not self._matcher.consume_token(token):
             raise RowFailed(f"token {token} is not allowed by the output's grammar: {_reason(self._matcher)}")
+
+    def look_ahead(self, tokens: list[int]) -> list[bytes]:
+        ahead = LLGuidanceConstraint(self._matcher.deep_copy(), self._vocab_size)
+        masks: list[bytes] = []
+        for token in tokens[: self._matcher.validate_tokens(tokens)]:
+            ahead.advance(token)
+            if ahead.finished:
+                break
+            masks.append(ahead.mask())
+        return masks
 
 
 class Vocabulary:

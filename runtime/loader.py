@@ -2,12 +2,12 @@
 
 import logging
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.ops import Ops
+from ..kernels.native_layer import NormWeight
+from ..kernels.ops import HeadNorms, HeadSpec, Ops, Rotation
 from ..parallel.comm import Comm, SoloComm
 from ..parallel.linear import (
     Layer,
@@ -24,13 +24,15 @@ from ..parallel.quant import LinearMethod
 from ..parallel.stage import Embed, Head
 from ..parallel.station import Station
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, ConfigError
-from .models.decoder import Attention, Block, Decoder, Enter, Heads, Normalise, ParallelBlock, Rotate, SequentialBlock
-from .models.norms import EachHeadNorm, FullRMSNorm, HeadNorm, Norm, add_only, leave
+from .errors import ConfigError
+from .models.decoder import Attention, Block, Decoder, Enter, ParallelBlock, SequentialBlock
+from .models.native_block import LayerParts, LayerWeights, select_fuse
+from .models.norms import EachHeadNorm, FullRMSNorm, HeadNorm, Norm, Normalise, add_only, normalised
 from .models.pieces import Piece, down_pieces, out_pieces, qkv_pieces, up_pieces, vocab_pieces
 from .models.rope import cos_sin_table
-from .models.spec import LayerSpec, MLPSpec, ModelSpec, QKNorm, RopeSpec
+from .models.spec import LayerSpec, MLPSpec, ModelSpec, NormKind, QKNorm, RopeSpec
 from .progress import Progress
+from .quantised import unquantised
 from .weights import WeightReader
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ def load_decoder(
     comm: Comm | None = None,
     layers: range | None = None,
     station: Station | None = None,
+    show_progress: bool = True,
 ) -> Decoder:
     """One rank's decoder, on the device of `ops`, with progress on standard error.
 
@@ -63,10 +66,11 @@ def load_decoder(
     """
     comm = SoloComm() if comm is None else comm
     layers = range(spec.num_layers) if layers is None else layers
-    _refuse_quantised(checkpoint.config)
-    reader = WeightReader(checkpoint, spec.names, ops=ops, dtype=dtype)
+    reader = WeightReader(unquantised(checkpoint), spec.names, ops=ops, dtype=dtype)
     builder = _Builder(spec, ops=ops, comm=comm, reader=reader, max_len=max_len or spec.max_len)
-    with Progress("Loading weights", total=len(layers) + 1, unit="parts", show=comm.shard == 0) as progress:
+    with Progress(
+        "Loading weights", total=len(layers) + 1, unit="parts", show=show_progress and comm.shard == 0
+    ) as progress:
         blocks: list[Block] = []
         for index in layers:
             blocks.append(builder.block(index))
@@ -84,16 +88,6 @@ def load_decoder(
         weight_bytes=reader.num_bytes,
         station=station,
     )
-
-
-def _refuse_quantised(config: dict[str, Any]) -> None:
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(
-            f"config.json has a quantization_config of method {method!r}, which is not supported: "
-            "use an unquantised checkpoint or a GGUF file"
-        )
 
 
 def _warn_of_unread(reader: WeightReader, spec: ModelSpec, layers: range) -> None:
@@ -128,6 +122,7 @@ class _Builder:
             raise ConfigError(str(error)) from error
         self._vocab = cut_vocab(spec.vocab_size, shard=comm.shard, size=comm.size)
         self._tables: dict[RopeSpec, Tensor] = {}
+        self._fuse = select_fuse(ops, comm, dtype=reader.dtype)
         # A parallel block adds attention and MLP up before it asks the other ranks.
         self._row_linear = partial_linear if spec.parallel else row_linear
 
@@ -136,63 +131,81 @@ class _Builder:
         names = self._spec.names
         layer = self._reader.prefix + names.layer.format(index)
         spec = self._spec.layers[index]
-        attention = self._attention(layer, spec)
-        mlp = self._finished(self._mlp(layer, spec.mlp), layer, names.after_mlp)
-        before_attention = self._entering(layer, names.before_attention)
+        weights = self._layer_weights(layer, spec.mlp)
+        heads = HeadSpec(self._heads.num_query, self._heads.num_kv, self._head_norms(layer), self._rotation(spec.rope))
+        attention = self._attention(layer, spec, weights, heads)
+        mlp = self._finished(self._mlp(spec.mlp, weights), layer, names.after_mlp)
+        norms = self._norm_before(layer, names.before_attention), self._norm_before(layer, names.before_mlp)
+        before_attention = _entering(norms[0])
         if self._spec.parallel:
             return ParallelBlock(
                 before_attention=before_attention,
                 attention=attention,
-                before_mlp=self._beside_attention(layer),
+                before_mlp=_beside_attention(norms[1]),
                 mlp=mlp,
                 comm=self._comm,
             )
-        before_mlp = self._entering(layer, names.before_mlp)
-        return SequentialBlock(before_attention=before_attention, attention=attention, before_mlp=before_mlp, mlp=mlp)
+        block = SequentialBlock(
+            before_attention=before_attention, attention=attention, before_mlp=_entering(norms[1]), mlp=mlp
+        )
+        finished = names.after_attention or names.after_mlp or self._spec.residual_scale != 1.0
+        if finished or (self._spec.qk_norm is not QKNorm.NONE and heads.norms is None):
+            return block
+        plain = _rms(norms[0]), _rms(norms[1])
+        return self._fuse(block, LayerParts(plain, weights, heads, self._spec.head_dim, spec))
 
     # The parts of a block
 
-    def _attention(self, layer: str, spec: LayerSpec) -> Attention:
+    def _layer_weights(self, layer: str, mlp: MLPSpec) -> LayerWeights:
+        model, names, heads = self._spec, self._spec.names, self._heads
+        unit = max(self._reader.group(layer + names.down), MLP_UNIT)
+        try:
+            columns = cut_mlp(mlp.size, shard=self._comm.shard, size=self._comm.size, unit=unit)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        up = up_pieces(names, layer, mlp, hidden_size=model.hidden_size, columns=columns)
+        down = down_pieces(names, layer, mlp, hidden_size=model.hidden_size, columns=columns)
+        return LayerWeights(
+            qkv=self._weights(qkv_pieces(model, layer, heads), bias=model.qkv_bias),
+            out=self._weights(out_pieces(model, layer, heads), bias=model.out_bias),
+            up=self._weights(up, bias=mlp.bias),
+            down=self._weights(down, bias=mlp.bias),
+        )
+
+    def _attention(self, layer: str, spec: LayerSpec, weights: LayerWeights, heads: HeadSpec) -> Attention:
         model = self._spec
-        qkv = qkv_pieces(model, layer, self._heads)
-        out = out_pieces(model, layer, self._heads)
-        out_layer = self._row_linear(*self._weights(out, bias=model.out_bias), comm=self._comm)
+        qkv, normalise = column_linear(*weights.qkv), self._qk_norm(layer)
+        if normalise is not None:
+            sizes = {"num_query": heads.num_query, "num_kv": heads.num_kv, "head_dim": model.head_dim}
+            qkv = normalised(qkv, normalise, **sizes)
+        out = self._row_linear(*weights.out, comm=self._comm)
         return Attention(
             spec.attention,
             ops=self._ops,
-            heads=Heads(self._heads.num_query, self._heads.num_kv, model.head_dim),
-            qkv=column_linear(*self._weights(qkv, bias=model.qkv_bias)),
-            out=self._finished(out_layer, layer, model.names.after_attention),
-            normalise=self._qk_norm(layer),
-            rotate=self._rotate(spec.rope),
+            heads=heads,
+            head_dim=model.head_dim,
+            qkv=qkv,
+            out=self._finished(out, layer, model.names.after_attention),
         )
 
-    def _mlp(self, layer: str, spec: MLPSpec) -> Layer:
-        names, width = self._spec.names, self._spec.hidden_size
-        unit = max(self._reader.block_len(layer + names.down), MLP_UNIT)
-        try:
-            columns = cut_mlp(spec.size, shard=self._comm.shard, size=self._comm.size, unit=unit)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        up = up_pieces(names, layer, spec, hidden_size=width, columns=columns)
-        down = down_pieces(names, layer, spec, hidden_size=width, columns=columns)
+    def _mlp(self, spec: MLPSpec, weights: LayerWeights) -> Layer:
         activate = partial(
             self._ops.gated_activation if spec.gated else self._ops.activation, activation=spec.activation
         )
-        up_layer = column_linear(*self._weights(up, bias=spec.bias))
-        down_layer = self._row_linear(*self._weights(down, bias=spec.bias), comm=self._comm)
+        up_layer = column_linear(*weights.up)
+        down_layer = self._row_linear(*weights.down, comm=self._comm)
         return lambda x_TD: down_layer(activate(up_layer(x_TD)))
 
     def _weights(self, pieces: list[Piece], *, bias: bool) -> tuple[LinearMethod, Tensor | None]:
         method = self._reader.linear(pieces, transposed=self._spec.names.transposed)
         return method, self._reader.bias(pieces) if bias else None
 
-    def _rotate(self, rope: RopeSpec | None) -> Rotate:
+    def _rotation(self, rope: RopeSpec | None) -> Rotation | None:
         if rope is None:
-            return _no_rotation
+            return None
         if rope not in self._tables:
             self._tables[rope] = cos_sin_table(rope, num_positions=self._max_len, device=self._ops.device)
-        return partial(self._ops.rope, cos_sin_MC=self._tables[rope], interleaved=rope.interleaved)
+        return Rotation(self._tables[rope], rope.interleaved)
 
     # Norms
 
@@ -202,17 +215,8 @@ class _Builder:
         bias = self._reader.norm_vector(f"{module}.bias", (size,)) if spec.bias else None
         return Norm(spec, ops=self._ops, weight_D=weight, bias_D=bias)
 
-    def _entering(self, layer: str, name: str | None) -> Enter:
-        """What adds the former part's output to the residual and gives the next part's input."""
-        return add_only if name is None else self._norm(layer + name, self._spec.hidden_size).after_add()
-
-    def _beside_attention(self, layer: str) -> Enter:
-        """A parallel block's MLP reads what its attention reads, or its own norm of the residual."""
-        name = self._spec.names.before_mlp
-        if name is None:
-            return lambda x_TD, _residual_TD: x_TD
-        norm = self._norm(layer + name, self._spec.hidden_size).alone()
-        return lambda x_TD, residual_TD: norm(residual_TD).to(x_TD.dtype)
+    def _norm_before(self, layer: str, name: str | None) -> Norm | None:
+        return None if name is None else self._norm(layer + name, self._spec.hidden_size)
 
     def _finished(self, part: Layer, layer: str, name: str | None) -> Layer:
         """What a family does to a part's output before it is added to the residual."""
@@ -221,12 +225,24 @@ class _Builder:
         scale = self._spec.residual_scale
         return part if scale == 1.0 else then(part, lambda x_TD: x_TD.mul_(scale))
 
-    def _qk_norm(self, layer: str) -> Normalise:
+    def _head_norms(self, layer: str) -> HeadNorms | None:
+        """Norms of queries and keys that are part of `Ops.rotate_and_store`."""
+        model = self._spec
+        if model.qk_norm is not QKNorm.HEAD or model.norm.kind is not NormKind.RMS:
+            return None
+        q_weight_E, k_weight_E = (
+            self._reader.norm_vector(f"{layer}{name}.weight", (model.head_dim,), offset=model.norm.offset)
+            for name in (model.names.q_norm, model.names.k_norm)
+        )
+        return HeadNorms(q_weight_E, k_weight_E, model.norm.eps)
+
+    def _qk_norm(self, layer: str) -> Normalise | None:
+        """All others, which come before it."""
         model, heads = self._spec, self._heads
         q_name, k_name = layer + model.names.q_norm, layer + model.names.k_norm
         dim = model.head_dim
-        if model.qk_norm is QKNorm.NONE:
-            return leave
+        if model.qk_norm is QKNorm.NONE or (model.qk_norm is QKNorm.HEAD and model.norm.kind is NormKind.RMS):
+            return None
         if model.qk_norm is QKNorm.HEAD:
             return HeadNorm(self._norm(q_name, dim), self._norm(k_name, dim))
         if model.qk_norm is QKNorm.EACH_HEAD:
@@ -299,5 +315,18 @@ class _Builder:
         )
 
 
-def _no_rotation(_q_THE: Tensor, _k_TKE: Tensor, _positions_T: Tensor) -> None:
-    """Attention that does not see positions."""
+def _entering(norm: Norm | None) -> Enter:
+    """What adds the former part's output to the residual and gives the next part's input."""
+    return add_only if norm is None else norm.after_add()
+
+
+def _beside_attention(norm: Norm | None) -> Enter:
+    """A parallel block's MLP reads what its attention reads, or its own norm of the residual."""
+    if norm is None:
+        return lambda x_TD, _residual_TD: x_TD
+    alone = norm.alone()
+    return lambda x_TD, residual_TD: alone(residual_TD).to(x_TD.dtype)
+
+
+def _rms(norm: Norm | None) -> NormWeight | None:
+    return None if norm is None else norm.rms()

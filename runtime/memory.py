@@ -13,6 +13,7 @@ import torch
 from . import kv
 from .config import EngineConfig
 from .errors import MemoryPlanError
+from .graphs import BYTES_A_GRAPH, graph_sizes
 from .share import Share
 
 GIB = 1 << 30
@@ -28,6 +29,7 @@ class MemoryPlan:
     weight_bytes: int
     workspace_bytes: int
     kv_bytes: int
+    kv_dtype: torch.dtype
     num_blocks: int
     block_size: int
     max_model_len: int
@@ -46,22 +48,33 @@ class MemoryPlan:
         """For the operator, printed at start."""
         return (
             f"memory plan: weights {self.weight_bytes / GIB:.2f} GiB, workspace {self.workspace_bytes / GIB:.2f} GiB, "
-            f"KV cache {self.kv_bytes / GIB:.2f} GiB = {self.kv_tokens:,} tokens in {self.num_blocks:,} blocks of "
-            f"{self.block_size}; {self.full_length_sequences:.1f} sequences of {self.max_model_len:,} tokens at once"
+            f"{_name(self.kv_dtype)} KV cache {self.kv_bytes / GIB:.2f} GiB = {self.kv_tokens:,} tokens in "
+            f"{self.num_blocks:,} blocks of {self.block_size}; {self.full_length_sequences:.1f} sequences of "
+            f"{self.max_model_len:,} tokens at once"
         )
 
 
-def plan_memory(share: Share, config: EngineConfig, *, max_model_len: int, dtype: torch.dtype, free: int) -> MemoryPlan:
+def plan_memory(
+    share: Share,
+    config: EngineConfig,
+    *,
+    max_model_len: int,
+    dtype: torch.dtype,
+    free: int,
+    weight_bytes: int | None = None,
+) -> MemoryPlan:
     """Divide `free` bytes (the rank's part of the device) among weights, workspace and KV blocks.
 
-    `config` has been resolved: its device is "cuda" or "cpu". Weights are counted dense: packed ones take less.
+    `config` has been resolved: its device is "cuda" or "cpu". weight_bytes: None counts weights dense; packed ones take
+    less.
 
     Raises:
         MemoryPlanError: the weights, or one sequence of max_model_len, do not fit; says which flag would make it fit.
     """
-    weight_bytes = share.num_weights() * dtype.itemsize
-    workspace = workspace_bytes(share, config, dtype)
-    block = kv.bytes_per_block(share, block_size=config.block_size, dtype=dtype)
+    weight_bytes = share.num_weights() * dtype.itemsize if weight_bytes is None else weight_bytes
+    workspace = workspace_bytes(share, config, dtype) + graph_bytes(share, config, dtype)
+    kv_dtype = kv.cache_dtype(config, dtype)
+    block = kv.bytes_per_block(share, block_size=config.block_size, dtype=kv_dtype)
     left = free - weight_bytes - workspace
     if left < block:
         raise MemoryPlanError(
@@ -83,11 +96,16 @@ def plan_memory(share: Share, config: EngineConfig, *, max_model_len: int, dtype
         weight_bytes=weight_bytes,
         workspace_bytes=workspace,
         kv_bytes=int(num_blocks) * block,
+        kv_dtype=kv_dtype,
         num_blocks=int(num_blocks),
         block_size=config.block_size,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kv_budget(config: EngineConfig, left: int, num_ranks: int) -> int:
@@ -104,8 +122,23 @@ def _kv_budget(config: EngineConfig, left: int, num_ranks: int) -> int:
 
 def workspace_bytes(share: Share, config: EngineConfig, dtype: torch.dtype) -> int:
     """Activations of the widest step plus its logits: an upper bound, layer by layer memory being reused."""
+    tokens, rows = config.max_num_batched_tokens, config.max_num_seqs
+    if config.speculative_model is not None:
+        guessed = min(config.speculative_max_batch, config.max_num_seqs)
+        rows = max(rows, (config.num_speculative_tokens + 1) * guessed)
+    return _step_bytes(share, dtype, tokens=tokens, rows=min(rows, tokens))
+
+
+def graph_bytes(share: Share, config: EngineConfig, dtype: torch.dtype) -> int:
+    """What captured graphs keep to themselves: a decode step's workspace, and their own nodes."""
+    if config.device != "cuda" or config.enforce_eager:
+        return 0
+    rows = config.max_num_seqs
+    return _step_bytes(share, dtype, tokens=rows, rows=rows) + BYTES_A_GRAPH * len(graph_sizes(rows))
+
+
+def _step_bytes(share: Share, dtype: torch.dtype, *, tokens: int, rows: int) -> int:
     spec, tp = share.spec, share.place.grid.tp
-    tokens, rows = config.max_num_batched_tokens, min(config.max_num_seqs, config.max_num_batched_tokens)
     qkv = (share.heads.num_query + 2 * share.heads.num_kv) * spec.head_dim
     widest = 4 * spec.hidden_size + max(2 * qkv, 3 * -(-max(layer.mlp.size for layer in spec.layers) // tp))
     # Float32 logits, and twice that while they are sampled from.

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from .draft import Flight
+from .outline import Flight
 from .sequence import Sequence
 
 

@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from ..kernels.ops import KVLayer, Ops
 from ..kernels.select import select_ops
 from ..parallel.comm import Comm
 from ..parallel.grid import Grid, Place
@@ -24,13 +26,16 @@ from . import kv
 from .batch import SequenceTable
 from .checkpoint import Checkpoint
 from .config import EngineConfig
+from .graphs import GraphRunner, cuda_capture
 from .loader import load_decoder
 from .memory import MemoryPlan, free_bytes, plan_memory
+from .models.decoder import Decoder
 from .models.spec import ModelSpec
 from .plan import StepPlan, StepResult
 from .runner import EagerRunner, Runner
 from .sampler import Sampler
 from .share import Share, deal
+from .upload import select_upload
 from .worker import Drawn, DrawnAndReturned, Entry, Exit, Known, ModelWorker, Received, Returned, Sent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +47,11 @@ _encode_result = msgspec.msgpack.Encoder().encode
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a rank is built from. `config` is resolved (device, dtype, lengths) and kept as its fields."""
+    """All that a rank is built from. `config` is resolved (device, dtype, lengths) and kept as its fields.
+
+    set_aside_bytes, set_aside_bytes_a_block: of rank 0's device for a draft model in the driver, in all and for each KV
+    block.
+    """
 
     model_path: str
     spec: ModelSpec
@@ -50,6 +59,8 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     tp: int
     pp: int
     depth: int  # plans in flight at most
+    set_aside_bytes: int = 0
+    set_aside_bytes_a_block: int = 0
 
     @staticmethod
     def of(config: EngineConfig, *, model_path: Path, spec: ModelSpec, depth: int) -> "RankSpec":
@@ -110,7 +121,8 @@ def build_worker(
     dtype = DTYPES[config.dtype]
     max_model_len = config.max_model_len or share.spec.max_len
     free = free_bytes(ops.device, config.gpu_memory_utilization, ranks_on_node=ranks_on_node)
-    memory = plan_memory(share, config, max_model_len=max_model_len, dtype=dtype, free=free)
+    plan = partial(plan_memory, share, config, max_model_len=max_model_len, dtype=dtype)
+    memory = plan(free=free) if share.place.rank else plan_beside_draft(rank_spec, plan, free)
     checkpoint = open_checkpoint(Path(rank_spec.model_path))
     with torch.inference_mode(), _one_thread():
         decoder = load_decoder(
@@ -124,22 +136,55 @@ def build_worker(
             station=station,
         )
         cache = kv.allocate(
-            share, num_blocks=memory.num_blocks, block_size=memory.block_size, dtype=dtype, device=ops.device
+            share,
+            num_blocks=memory.num_blocks,
+            block_size=memory.block_size,
+            dtype=kv.cache_dtype(config, dtype),
+            device=ops.device,
         )
-    table = SequenceTable(
-        num_slots=memory.max_num_seqs, max_model_len=max_model_len, block_size=memory.block_size, device=ops.device
-    )
-    runner = EagerRunner(decoder, cache)
+    table = SequenceTable(num_slots=memory.max_num_seqs, max_model_len=max_model_len, block_size=memory.block_size)
+    sampler = Sampler(ops, share.spec.vocab_size, comm=comm)
+    with torch.inference_mode():
+        runner = _runner(config, decoder, cache, ops=ops, comm=comm)
     num_threads = config.num_threads or max(1, (os.cpu_count() or 1) // ranks_on_node)
     worker = ModelWorker(
         table=table,
         runner=runner,
         entry=_entry(share, runner, table=table, ring=ring, depth=rank_spec.depth),
-        exit=_exit(share, runner, table=table, ring=ring, sampler=Sampler(ops, share.spec.vocab_size, comm=comm)),
+        exit=_exit(share, runner, table=table, ring=ring, sampler=sampler),
         station=station,
         num_threads=num_threads if ops.device.type == "cpu" else None,
     )
     return Rank(worker, share, memory, decoder.weight_bytes)
+
+
+def plan_beside_draft(rank_spec: RankSpec, plan: Callable[..., MemoryPlan], free: int) -> MemoryPlan:
+    """The plan of what is left when a draft model has its part, which has as many blocks as the rank."""
+    free -= rank_spec.set_aside_bytes
+    memory, beside = plan(free=free), rank_spec.set_aside_bytes_a_block
+    left = free - memory.weight_bytes - memory.workspace_bytes
+    block = memory.kv_bytes // memory.num_blocks
+    fits = left // (block + beside)
+    return memory if memory.num_blocks <= fits else plan(free=free - left + fits * block)
+
+
+def _runner(config: EngineConfig, decoder: Decoder, cache: list[KVLayer], *, ops: Ops, comm: Comm) -> Runner:
+    """Graphs on a GPU, captured here, unless the config does without."""
+    eager = EagerRunner(decoder, cache, upload=select_upload(ops.device))
+    if ops.device.type != "cuda" or config.enforce_eager:
+        return eager
+    runner = GraphRunner(
+        decoder,
+        cache,
+        eager=eager,
+        capture=cuda_capture(),
+        draw=ops.sample if comm.size == 1 else None,  # where the vocabulary is cut, drawing may wait for the device
+        max_rows=config.max_num_seqs,
+        max_model_len=config.max_model_len or decoder.spec.max_len,
+        device=ops.device,
+    )
+    runner.prepare(show=comm.shard == 0)
+    return runner
 
 
 def _entry(share: Share, runner: Runner, *, table: SequenceTable, ring: Ring | None, depth: int) -> Entry:

@@ -7,8 +7,8 @@ mask, logit bias, min_tokens, penalties, then temperature, min-p, top-k, top-p a
 raw distribution's.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..parallel.partition import cut_vocab, length
 from ..parallel.vocab import VocabOps, vocab_ops
 from .batch import StepBatch
 from .generation import TokenLogprob
-from .plan import Admission, StepPlan
+from .plan import Admission, StepPlan, num_accepted
 
 NEG_INF = float("-inf")
 
@@ -41,6 +41,12 @@ class _Adjustment:
     repetition: float = 1.0
     presence: float = 0.0
     frequency: float = 0.0
+
+    def copy(self) -> "_Adjustment":
+        """One that can count on its own."""
+        assert self.seen_V is not None
+        assert self.output_counts_V is not None
+        return replace(self, seen_V=self.seen_V.clone(), output_counts_V=self.output_counts_V.clone())
 
     def penalise(self, logits_V: Tensor) -> None:
         """Repetition (Keskar et al., arXiv:1909.05858), frequency and presence penalties, in place."""
@@ -112,46 +118,66 @@ class Sampler:
         first, stop = self._mine.start, self._mine.stop
         return [token - first for token in ids if first <= token < stop]
 
+    def is_plain(self, batch: StepBatch, plan: StepPlan) -> bool:
+        """Whether all rows are drawn from their logits as they are, and nobody asks for logprobs."""
+        special = self._adjustments.keys() | self._num_logprobs.keys() | plan.masks.keys()
+        return special.isdisjoint(batch.slots)
+
     def sample(self, logits_RV: Tensor, batch: StepBatch, plan: StepPlan) -> Sampled:
         """Draw one token a row; -1 for a row whose logits are not finite.
 
+        Penalties, min_tokens and masks of a row behind guesses are those of the log with the guesses said.
         logits_RV: this rank's columns, float32; overwritten. The result is the same on every rank that shares them.
         """
         wants = [self._num_logprobs.get(slot) for slot in batch.slots]
         asked = [row for row, num in enumerate(wants) if num is not None]
         raw = logits_RV[asked] if asked else None
-        for row, slot in enumerate(batch.slots):
-            if slot in plan.masks or slot in self._adjustments:
-                self._adjust(logits_RV[row], slot, int(batch.next_positions[row]), plan.masks.get(slot))
+        special = _special_rows(batch, plan, self._adjustments) if plan.masks or self._adjustments else []
+        for slot, row in special:
+            drafts = plan.drafts.get(slot, [])
+            if slot in plan.masks:
+                hidden_QV = ~self._unpack(plan.masks[slot], 1 + len(drafts))
+                logits_RV[row : row + 1 + len(drafts)].masked_fill_(hidden_QV, NEG_INF)
+            if slot in self._adjustments:
+                self._adjust(logits_RV[row:], slot, drafts, int(batch.next_positions[row]))
         tokens_R = self.ops.sample(logits_RV, batch.sampling)
         tokens: list[int] = tokens_R.tolist()
-        for token, slot in zip(tokens, batch.slots, strict=True):
-            adjustment = self._adjustments.get(slot)
-            if adjustment is not None and adjustment.seen_V is not None and token >= 0:
-                assert adjustment.output_counts_V is not None
-                for column in self._columns([token]):
-                    adjustment.seen_V[column] = True
-                    adjustment.output_counts_V[column] += 1
+        for slot, row in special:
+            if slot in self._adjustments:
+                drafts = plan.drafts.get(slot, [])
+                for token in tokens[row : row + 1 + num_accepted(drafts, tokens[row:])]:
+                    self._say(self._adjustments[slot], token)
         if raw is None:
             return Sampled(tokens)
         return Sampled(tokens, self._logprobs(raw, tokens_R[asked], asked, wants))
 
-    def _adjust(self, logits_V: Tensor, slot: int, position: int, mask: bytes | None) -> None:
-        if mask is not None:
-            logits_V.masked_fill_(~self._unpack(mask), NEG_INF)
-        adjustment = self._adjustments.get(slot)
-        if adjustment is None:
-            return
-        if adjustment.bias_ids is not None and adjustment.bias is not None:
-            logits_V.index_add_(0, adjustment.bias_ids, adjustment.bias)
-        if adjustment.stop_ids is not None and position < adjustment.stop_allowed_from:
-            logits_V[adjustment.stop_ids] = NEG_INF
-        adjustment.penalise(logits_V)
+    def _adjust(self, logits_QV: Tensor, slot: int, drafts: list[int], position: int) -> None:
+        """The slot's rows, the first ones of these: each as if the guesses before it had been said."""
+        adjustment = self._adjustments[slot]
+        if drafts and adjustment.seen_V is not None:
+            adjustment = adjustment.copy()
+        for ahead, logits_V in enumerate(logits_QV[: 1 + len(drafts)]):
+            if ahead:
+                self._say(adjustment, drafts[ahead - 1])
+            if adjustment.bias_ids is not None and adjustment.bias is not None:
+                logits_V.index_add_(0, adjustment.bias_ids, adjustment.bias)
+            if adjustment.stop_ids is not None and position + ahead < adjustment.stop_allowed_from:
+                logits_V[adjustment.stop_ids] = NEG_INF
+            adjustment.penalise(logits_V)
 
-    def _unpack(self, mask: bytes) -> Tensor:
+    def _say(self, adjustment: _Adjustment, token: int) -> None:
+        """Count a token of the output, where tokens are counted."""
+        if adjustment.seen_V is not None and token >= 0:
+            assert adjustment.output_counts_V is not None
+            for column in self._columns([token]):
+                adjustment.seen_V[column] = True
+                adjustment.output_counts_V[column] += 1
+
+    def _unpack(self, masks: bytes, num: int) -> Tensor:
+        """[num, V] bool."""
         first, stop = self._mine.start, self._mine.stop
-        packed = np.frombuffer(mask, np.uint8)[first // 8 : -(-stop // 8)]
-        bits = np.unpackbits(packed, bitorder="little")[first % 8 :][: stop - first]
+        packed = np.frombuffer(masks, np.uint8).reshape(num, -1)[:, first // 8 : -(-stop // 8)]
+        bits = np.unpackbits(packed, axis=1, bitorder="little")[:, first % 8 :][:, : stop - first]
         return torch.from_numpy(bits).to(self._device, torch.bool)
 
     def _logprobs(
@@ -165,6 +191,16 @@ class Sampler:
 
     def _tensor(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _special_rows(batch: StepBatch, plan: StepPlan, adjusted: Container[int]) -> list[tuple[int, int]]:
+    """Slots that have a mask or are among the adjusted, each with its first row."""
+    special, before = [], -1
+    for row, slot in enumerate(batch.slots):
+        if slot != before and (slot in plan.masks or slot in adjusted):
+            special.append((slot, row))
+        before = slot
+    return special
 
 
 def token_logprobs(ops: VocabOps, logits_QV: Tensor, tokens_Q: Tensor, num: int) -> list[TokenLogprob]:

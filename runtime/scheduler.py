@@ -19,24 +19,33 @@ from collections.abc import Callable, Collection
 from itertools import count
 
 from .blocks import BlockNames, BlockPool, tenant_salt
-from .draft import Draft, Flight
 from .errors import InvalidRequest, QueueFull
 from .generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from .grammar import FREE, Constraint
-from .plan import StepPlan, StepResult
+from .outline import Flight, Outline
+from .plan import StepPlan, StepResult, drawn_by
 from .policy import Policy
 from .quarantine import Quarantine, Verdict
-from .sequence import Ending, Limits, Sequence, check_request, put_in, take_out
+from .sequence import NOT_FINITE, Ending, Limits, Sequence, check_request, put_in, take_out
+from .speculation import NO_SPECULATION, Speculation
 from .stats import Counters
 
 _NEVER = float("inf")
+Logprobs = list[TokenLogprob] | None
 
 
 class Scheduler:
     """All live generations of one engine: `_waiting` and `_running`, both in the policy's order."""
 
     def __init__(
-        self, limits: Limits, *, pool: BlockPool, policy: Policy, clock: Callable[[], float], secret: bytes
+        self,
+        limits: Limits,
+        *,
+        pool: BlockPool,
+        policy: Policy,
+        clock: Callable[[], float],
+        secret: bytes,
+        speculation: Speculation = NO_SPECULATION,
     ) -> None:
         """`secret` salts the names of blocks; `clock` gives seconds and never goes back."""
         self.limits = limits
@@ -46,6 +55,7 @@ class Scheduler:
         self._policy = policy
         self._clock = clock
         self._secret = secret
+        self._speculation = speculation
         self._arrivals = count()
         self._live: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []
@@ -163,17 +173,19 @@ class Scheduler:
             self._fill_began = self._num_steps
         if self.limits.schedule == "gpipe" and self._num_steps - self._fill_began >= self.limits.num_microbatches:
             return None
-        draft = Draft(self._num_steps, self.limits.max_num_batched_tokens)
+        outline = Outline(self._num_steps, self.limits.max_num_batched_tokens)
         suspect = self.quarantine.suspect
         if suspect is None:
             self._make_room()
-            self._plan_rest(draft, self._plan_singles(draft))
+            behind = self._plan_singles(outline)
+            self._speculation.extend(outline, self.pool, num_running=len(self._running))
+            self._plan_rest(outline, behind)
         else:
-            self._plan_alone(draft, suspect)
-        if not draft.rows:
+            self._plan_alone(outline, suspect)
+        if not outline.rows:
             return None
         self._num_steps += 1
-        flight = Flight(draft.plan(), draft.rows)
+        flight = Flight(outline.plan(), outline.rows)
         self._flights.append(flight)
         return flight.plan
 
@@ -197,21 +209,21 @@ class Scheduler:
                 return
             self._preempt(last)
 
-    def _plan_singles(self, draft: Draft) -> list[Sequence]:
+    def _plan_singles(self, outline: Outline) -> list[Sequence]:
         """Plan running sequences that lack one token; give those that lack more."""
         running, behind = self._running, []
         # Over any `num_microbatches` plans these add up to all rows, so that no plan goes short and none waits.
         num_plans = self.limits.num_microbatches
         most = max(1, (len(running) + num_plans - 1 - self._num_steps % num_plans) // num_plans)
         index = 0
-        while index < len(running) and draft.budget:  # _grow takes away sequences behind `index`, no others
+        while index < len(running) and outline.budget:  # _grow takes away sequences behind `index`, no others
             seq = running[index]
             index += 1
             num_todo = seq.num_todo
             if num_todo > 1:
                 behind.append(seq)
-            elif num_todo == 1 and len(draft.singles) < most and self._is_ready(seq) and self._grow(draft, seq):
-                self._plan(draft, seq, 1)
+            elif num_todo == 1 and len(outline.singles) < most and self._is_ready(seq) and self._grow(outline, seq):
+                self._plan(outline, seq, 1)
         return behind
 
     def _is_ready(self, seq: Sequence) -> bool:
@@ -219,52 +231,54 @@ class Scheduler:
             return seq.last_drawn < self._fill_began
         if seq.num_pending == 0:
             return True
-        return seq.free and self._num_steps - seq.last_drawn >= self.limits.num_microbatches
+        if not seq.free or seq.num_guesses or self._speculation.wants(seq, len(self._running)):
+            return False
+        return self._num_steps - seq.last_drawn >= self.limits.num_microbatches
 
-    def _grow(self, draft: Draft, seq: Sequence) -> bool:
+    def _grow(self, outline: Outline, seq: Sequence) -> bool:
         """See that the sequence has a block for one more token; False if it had to give way itself."""
         if seq.num_computed < len(seq.blocks) * self.pool.block_size:
             return True
         while self.pool.num_free == 0:
             victim = self._running[-1]
-            draft.out_of_blocks = True
+            outline.out_of_blocks = True
             self._preempt(victim)
             if victim is seq:
                 return False
         grown = self.pool.allocate(1)
         seq.blocks += grown
-        draft.blocks.append((seq.slot, grown))
+        outline.blocks.append((seq.slot, grown))
         return True
 
-    def _plan_rest(self, draft: Draft, behind: list[Sequence]) -> None:
+    def _plan_rest(self, outline: Outline, behind: list[Sequence]) -> None:
         """Spend what is left of the budget on running and waiting sequences in the policy's order."""
-        admits = not draft.out_of_blocks
+        admits = not outline.out_of_blocks
         index = 0
-        while draft.budget:
+        while outline.budget:
             seq = behind[index] if index < len(behind) else None
             if admits and self._waiting and (seq is None or self._waiting[0].key < seq.key):
                 seq = self._waiting[0]
-                admits = self._admit(draft, seq)
+                admits = self._admit(outline, seq)
                 if not admits:
                     continue
             elif seq is None:
                 return
             else:
                 index += 1
-            self._plan(draft, seq, min(seq.num_todo, draft.budget))
+            self._plan(outline, seq, min(seq.num_todo, outline.budget))
 
-    def _plan_alone(self, draft: Draft, seq: Sequence) -> None:
+    def _plan_alone(self, outline: Outline, seq: Sequence) -> None:
         """Quarantine: nothing else is in any plan in flight, and nothing of it once it has drawn what clears it."""
         if seq.slot < 0:
             if self._flights:
                 return  # of a suspect before it, which has ended
-            admitted = self._admit(draft, seq)
+            admitted = self._admit(outline, seq)
             assert admitted, "nobody else holds anything, and alone every log fits"
-        if seq.num_todo > 0 and seq.num_pending == 0 and self._grow(draft, seq):
-            self._plan(draft, seq, min(seq.num_todo, draft.budget))
+        if seq.num_todo > 0 and seq.num_pending == 0 and self._grow(outline, seq):
+            self._plan(outline, seq, min(seq.num_todo, outline.budget))
 
-    def _plan(self, draft: Draft, seq: Sequence, num_tokens: int) -> None:
-        draft.advance(seq, num_tokens)
+    def _plan(self, outline: Outline, seq: Sequence, num_tokens: int) -> None:
+        outline.advance(seq, num_tokens)
         # Known tokens may be found at once, even by this step: a layer stores all its keys before it reads any.
         if num_tokens > 1:
             self._publish(seq)
@@ -272,14 +286,16 @@ class Scheduler:
     def _publish(self, seq: Sequence) -> None:
         """Name the blocks that are full of known, computed tokens."""
         num_full = min(seq.num_computed, len(seq.tokens)) // self.pool.block_size
+        if num_full <= seq.num_published:
+            return
         if self.limits.prefix_caching:
             for index in range(seq.num_published, num_full):
                 self.pool.publish(seq.blocks[index], seq.names[index])
-        seq.num_published = max(seq.num_published, num_full)
+        seq.num_published = num_full
 
     # Into a slot and out of it
 
-    def _admit(self, draft: Draft, seq: Sequence) -> bool:
+    def _admit(self, outline: Outline, seq: Sequence) -> bool:
         """Give a waiting sequence a slot and blocks for all its tokens, if there are."""
         blocks = self._take_blocks(seq) if self._free_slots else None
         if blocks is None:
@@ -297,29 +313,12 @@ class Scheduler:
             self.counters.prompt_tokens += seq.prompt_len
             self.counters.prefix_query_tokens += len(seq.tokens)
             self.counters.prefix_hit_tokens += seq.num_computed
-        draft.admit(seq)
+        outline.admit(seq)
         return True
 
     def _take_blocks(self, seq: Sequence) -> tuple[list[int], list[int]] | None:
-        """Blocks for all known tokens, those found by content and those not; None if there are too few.
-
-        One block for each running sequence is left to grow into, lest the newcomer is preempted at once.
-        """
-        pool, reserve = self.pool, len(self._running)
-        if seq.blocks_short_of and pool.num_free < seq.blocks_short_of + reserve:
-            return None
-        num_free = pool.num_free
-        found: list[int] = []
-        if self.limits.prefix_caching and not seq.reads_prompt_logprobs:
-            # At least the last token is computed, whatever is known: its logits draw the next.
-            found = pool.match(seq.names.first((len(seq.tokens) - 1) // pool.block_size))
-        needed = pool.blocks_for(len(seq.tokens)) - len(found)
-        if needed + reserve > pool.num_free:
-            seq.blocks_short_of = needed + num_free - pool.num_free
-            pool.release(found)
-            return None
-        seq.blocks_short_of = 0
-        return found, pool.allocate(needed)
+        """One block for each running sequence is left to grow into, lest the newcomer is preempted at once."""
+        return seq.find_blocks(self.pool, reserve=len(self._running), caching=self.limits.prefix_caching)
 
     def _preempt(self, seq: Sequence) -> None:
         self._put_back(seq)
@@ -342,43 +341,44 @@ class Scheduler:
         """Take in the result of the oldest plan in flight; gives every event since the last were taken."""
         flight = self._flights.popleft()
         assert flight.plan.step == plan.step == result.step, "results come in the order of their plans"
-        tokens = iter(result.tokens)
-        logprobs = iter(result.logprobs or ())
-        for part, (seq, epoch) in zip(plan.slices, flight.rows, strict=True):
-            token = next(tokens) if part.samples else None
-            logprob = next(logprobs, None) if part.samples else None
+        self._speculation.follow(plan, result)
+        for part, (seq, epoch), (drawn, logprobs) in zip(plan.slices, flight.rows, drawn_by(plan, result), strict=True):
             if seq.epoch != epoch:
                 continue  # it has ended or given way since
             if part.slot in result.prompt_logprobs:
                 seq.add_prompt_logprobs(part.start, result.prompt_logprobs[part.slot])
-            if token is not None:
-                self._append(seq, token, logprob)
+            if part.samples:
+                self._append(seq, drawn, logprobs)
             elif part.start + part.count == seq.limit:
                 self._end(seq, Ending(FinishReason.LENGTH))  # max_tokens is 0: the prompt was all
         for seq in self.quarantine.release():
             self._put_back(seq)
         return self.take_events()
 
-    def _append(self, seq: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+    def _append(self, seq: Sequence, tokens: list[int], logprobs: Logprobs) -> None:
+        known = len(seq.tokens)
+        ending = seq.take(tokens)
+        if ending is not None:  # maybe before the last of them
+            tokens = seq.tokens[known:]
+            logprobs = logprobs[: len(tokens)] or None if logprobs else None
         seq.num_pending -= 1
-        if token < 0:
+        self.counters.generation_tokens += len(tokens)
+        if seq.num_guesses:
+            num_right = max(0, len(tokens) - 1)
+            seq.num_computed += num_right  # they were in this step's slice
+            self._speculation.learn(seq, self.counters, num_right=num_right)
+        if ending is NOT_FINITE:
             self.pool.forget(seq.blocks)  # nobody else shall read what led here
-            self._end(seq, Ending(FinishReason.ERROR, error="the logits were not finite"))
-            return
-        seq.tokens.append(token)
-        self.counters.generation_tokens += 1
-        self._publish(seq)
-        ending = seq.ending() if seq.free else seq.advance(token)
-        if ending is None:
-            self._events.append(seq.say([token], logprob, None))
         else:
-            self._end(seq, ending, token, logprob)
+            self._publish(seq)
+        if ending is None:
+            self._events.append(seq.say(tokens, logprobs, None))
+        else:
+            self._end(seq, ending, tokens, logprobs)
 
-    def _end(
-        self, seq: Sequence, ending: Ending, token: int | None = None, logprob: TokenLogprob | None = None
-    ) -> None:
-        """The log's terminal event, with its last token if this step drew it; the sequence leaves everything."""
-        self._events.append(seq.say([] if token is None else [token], logprob, ending))
+    def _end(self, seq: Sequence, ending: Ending, tokens: list[int] | None = None, logprobs: Logprobs = None) -> None:
+        """The log's terminal event, with the last tokens if this step drew them; the sequence leaves everything."""
+        self._events.append(seq.say(tokens or [], logprobs, ending))
         del self._live[seq.request.id]
         self.quarantine.discharge(seq)
         if seq.slot >= 0:
@@ -417,4 +417,4 @@ class Scheduler:
         slots = [*self._free_slots, *(seq.slot for seq in self._running)]
         assert sorted(slots) == list(range(self.limits.max_num_seqs)), "a slot is lost, or has two holders"
         for seq in self._live.values():
-            seq.check(self.pool.block_size)
+            seq.check(self.pool.block_size, num_guesses=self._speculation.num_tokens)

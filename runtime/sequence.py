@@ -52,12 +52,16 @@ class Ending(NamedTuple):
     error: str | None = None
 
 
+NOT_FINITE = Ending(FinishReason.ERROR, error="the logits were not finite")
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """Progress is two counters: tokens that exist, and tokens whose keys and values are in the cache.
 
     Tokens that exist are those the host has (`tokens`: the prompt, then the output) and `num_pending` that plans still
-    in flight will draw. `num_computed` counts planned work as done: ranks execute plans in order.
+    in flight will draw. `num_computed` counts planned work as done: ranks execute plans in order. Guesses are neither
+    known nor computed until they have turned out right.
 
         num_published * block_size <= num_computed <= len(tokens) + num_pending <= limit
 
@@ -82,13 +86,17 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_pending: int = 0
+    num_guesses: int = 0  # behind the last known token, in a plan in flight; nothing else of it is in flight then
     num_published: int = 0
     last_drawn: int = -1  # the last step that draws for it
+    has_taken: bool = False  # a token since it took its slot, so that the results of all its chunks are back
     blocks_short_of: int = 0  # no use to look for room before so many blocks are free
     num_cached: int = 0  # prompt tokens that were in the cache at its first admission
     num_spared: int = 0  # while it waits: blocks that were in the cache when it was last looked for them
     was_admitted: bool = False
     has_spoken: bool = False
+    luck: float = 0.5  # share of the guesses at it that were right, the last ones weighing most
+    rests_until: int = 0  # before it has so many tokens, nobody guesses at it
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt)
@@ -134,7 +142,8 @@ class Sequence:
         self.slot = NOT_RUNNING
         self.epoch += 1
         self.blocks = []
-        self.num_computed = self.num_pending = self.num_published = 0
+        self.num_computed = self.num_pending = self.num_guesses = self.num_published = 0
+        self.has_taken = False
 
     def add_prompt_logprobs(self, start: int, entries: Iterable[TokenLogprob]) -> None:
         """Entries of a slice that began at `start`: they belong to the tokens behind it.
@@ -157,23 +166,48 @@ class Sequence:
                 return Ending(FinishReason.LENGTH)
         return None
 
-    def advance(self, token: int) -> Ending | None:
-        """Take the log's last token into the constraint, and have the next mask ready."""
-        if token in self.stop_ids:
-            return self.ending()
+    def take(self, drawn: list[int]) -> Ending | None:
+        """Append drawn tokens up to the one that ends the log, if one does; else have the next mask ready."""
+        self.has_taken = True
         try:
-            self.constraint.advance(token)
-            ending = self.ending()
-            if ending is None:
+            for token in drawn:
+                if token < 0:
+                    return NOT_FINITE
+                self.tokens.append(token)
+                if not self.free and token not in self.stop_ids:
+                    self.constraint.advance(token)
+                ending = self.ending()
+                if ending is not None:
+                    return ending
+            if not self.free:
                 self.mask = self.constraint.mask()
         except RowFailed as failure:
             return Ending(FinishReason.ERROR, error=str(failure))
-        return ending
+        return None
 
-    def say(self, tokens: list[int], logprob: TokenLogprob | None, ending: Ending | None) -> TokenEvent:
+    def find_blocks(self, pool: BlockPool, *, reserve: int, caching: bool) -> tuple[list[int], list[int]] | None:
+        """Take blocks for all known tokens, those found by content and those not; None if fewer are free.
+
+        reserve: blocks that must stay free besides. caching: whether to look for content.
+        """
+        if self.blocks_short_of and pool.num_free < self.blocks_short_of + reserve:
+            return None
+        num_free = pool.num_free
+        found: list[int] = []
+        if caching and not self.reads_prompt_logprobs:
+            # At least the last token is computed, whatever is known: its logits draw the next.
+            found = pool.match(self.names.first((len(self.tokens) - 1) // pool.block_size))
+        needed = pool.blocks_for(len(self.tokens)) - len(found)
+        if needed + reserve > pool.num_free:
+            self.blocks_short_of = needed + num_free - pool.num_free
+            pool.release(found)
+            return None
+        self.blocks_short_of = 0
+        return found, pool.allocate(needed)
+
+    def say(self, tokens: list[int], logprobs: list[TokenLogprob] | None, ending: Ending | None) -> TokenEvent:
         """The event for the last tokens of the log. The first one tells of the prompt as well."""
         start = len(self.tokens) - self.prompt_len - len(tokens)
-        logprobs = None if logprob is None else [logprob]
         if self.has_spoken and ending is None:
             return TokenEvent(id=self.request.id, start=start, tokens=tokens, logprobs=logprobs)
         first, self.has_spoken = not self.has_spoken, True
@@ -190,15 +224,15 @@ class Sequence:
             error=error,
         )
 
-    def check(self, block_size: int) -> None:
-        """Assert the invariants above. For tests."""
+    def check(self, block_size: int, *, num_guesses: int = 0) -> None:
+        """Assert the invariants above. num_guesses: that it may have blocks for besides. For tests."""
         assert 0 <= self.num_published * block_size <= self.num_computed <= self.num_known <= self.limit
         if self.slot == NOT_RUNNING:
             assert not self.blocks, "a waiting sequence holds blocks"
             assert self.num_computed == self.num_pending == 0, "a waiting sequence counts work as done"
         else:
             assert self.num_computed <= len(self.blocks) * block_size, "computed tokens have no block"
-            assert len(self.blocks) * block_size < len(self.tokens) + self.num_pending + block_size, "spare blocks"
+            assert len(self.blocks) * block_size < self.num_known + num_guesses + block_size, "spare blocks"
 
 
 def put_in(queue: list[Sequence], seq: Sequence) -> None:

@@ -18,6 +18,9 @@ class Counters:
     preemptions: int = 0
     quarantined: int = 0
     poisoned: int = 0
+    spec_drafts: int = 0
+    spec_drafted_tokens: int = 0
+    spec_accepted_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
 
 
@@ -27,9 +30,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     tokens_owed: the most that live generations may still cost: tokens to compute, prompt and output.
     prefill_tokens_owed: those of them that exist and are yet to be computed, without what the cache spares.
     prefix_query_tokens, prefix_hit_tokens: tokens looked up in the prefix cache, and found there.
-    host_s, device_s: seconds spent scheduling and updating, and seconds the ranks reported.
+    host_s, device_s: seconds spent scheduling and updating, a draft model's among them, and those the ranks reported.
     restarts: of all ranks. rank_failures: "cause,rank,station" of what led to them (see `GroupFailure`) -> how often.
     quarantined, poisoned: generations that ran alone after a failure, and those that ended as its cause.
+    spec_drafts, spec_drafted_tokens, spec_accepted_tokens: rows with guesses, their guesses, and those that were right.
     """
 
     num_running: int = 0
@@ -49,6 +53,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     rank_failures: dict[str, int] = {}
     quarantined: int = 0
     poisoned: int = 0
+    spec_drafts: int = 0
+    spec_drafted_tokens: int = 0
+    spec_accepted_tokens: int = 0
     finished: dict[str, int] = {}
     steps: int = 0
     host_s: float = 0.0
@@ -58,6 +65,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     def kv_usage(self) -> float:
         """Share of the KV blocks that somebody holds, 0 to 1."""
         return self.num_blocks_held / self.num_blocks if self.num_blocks else 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens that a row with guesses has brought on average, 1 to num_speculative_tokens + 1; 0 without any."""
+        return 1 + self.spec_accepted_tokens / self.spec_drafts if self.spec_drafts else 0.0
 
     @property
     def num_tokens_free(self) -> int:

@@ -18,7 +18,7 @@ from .batch import Ints, SequenceTable, StepBatch
 from .generation import TokenLogprob
 from .plan import Admission, StepPlan, StepResult
 from .runner import Runner
-from .sampler import Sampler, token_logprobs
+from .sampler import Sampled, Sampler, token_logprobs
 
 # Full rows of logits are wide: a whole chunk's at once would outgrow the memory plan.
 PROMPT_LOGPROB_ROWS = 64
@@ -84,7 +84,7 @@ class ModelWorker:
         for admission in plan.admissions:
             self._exit.admit(admission)
         self._entry.prepare(plan)
-        batch = self._table.batch(plan.slices)
+        batch = self._runner.upload(self._table.batch(plan.slices, plan.drafts))
         residual_TD = self._entry.hidden(batch)
         hidden_TD = self._runner.layers(residual_TD, batch)
         self._station.at("exit")
@@ -213,7 +213,11 @@ class Drawn:
         prompt_logprobs = self._of_prompts(plan, hidden_TD) if self._prompt_logprobs else {}
         if not batch.slots:
             return StepResult(plan.step, [], None, prompt_logprobs)
-        sampled = self._sampler.sample(self._runner.logits(hidden_TD[batch.rows_R]), batch, plan)
+        drawn_R = self._runner.drawn(batch) if self._sampler.is_plain(batch, plan) else None
+        if drawn_R is None:
+            sampled = self._sampler.sample(self._runner.row_logits(hidden_TD, batch), batch, plan)
+        else:
+            sampled = Sampled(drawn_R.tolist())
         self._remember(batch, torch.tensor(sampled.tokens, dtype=torch.int64))
         return StepResult(plan.step, sampled.tokens, sampled.logprobs, prompt_logprobs)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...kernels.ops import AttentionBatch, AttentionSpec, KVLayer, Ops
+from ...kernels.ops import AttentionBatch, AttentionSpec, HeadSpec, KVLayer, Ops
 from ...parallel.comm import Comm
 from ...parallel.linear import Layer
 from ...parallel.stage import Embed, Head
@@ -22,12 +22,6 @@ from .spec import ModelSpec
 
 Enter = Callable[[Tensor, Tensor], Tensor]
 """(delta, residual) -> the next part's input. Adds delta to the residual, in place."""
-
-Normalise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(q_THE, k_TKE) -> the same, normalised."""
-
-Rotate = Callable[[Tensor, Tensor, Tensor], None]
-"""(q_THE, k_TKE, positions_T): rotates in place."""
 
 
 class Step(NamedTuple):
@@ -39,52 +33,32 @@ class Step(NamedTuple):
 
 
 class Block(Protocol):
-    """One layer. Takes the former block's delta and gives its own; the residual is updated in place."""
+    """One layer. Takes the former block's delta, which it may overwrite, and gives its own; adds to the residual."""
 
     def __call__(self, delta_TD: Tensor, residual_TD: Tensor, step: Step, cache: KVLayer) -> Tensor: ...
 
 
-class Heads(NamedTuple):
-    """This rank's heads."""
-
-    num_query: int
-    num_kv: int
-    dim: int
-
-
 class Attention:
-    """Fused QKV, optional norms of Q and K, rotation, the paged cache, and the output projection."""
+    """Fused QKV, what lies between it and attention in one operation, the paged cache, and the output projection."""
 
-    __slots__ = ("_dim", "_normalise", "_ops", "_out", "_qkv", "_rotate", "_spec", "_split", "_total")
+    __slots__ = ("_attend", "_dim", "_heads", "_out", "_prepare", "_qkv", "_spec")
 
     def __init__(
-        self,
-        spec: AttentionSpec,
-        *,
-        ops: Ops,
-        heads: Heads,
-        qkv: Layer,
-        out: Layer,
-        normalise: Normalise,
-        rotate: Rotate,
+        self, spec: AttentionSpec, *, ops: Ops, heads: HeadSpec, head_dim: int, qkv: Layer, out: Layer
     ) -> None:
+        """heads: this rank's. qkv: gives their queries, keys and values side by side, [T, (H + 2 K) * E]."""
         self._spec = spec
-        self._ops = ops
-        self._split = (heads.num_query, heads.num_kv, heads.num_kv)
-        self._total = sum(self._split)
-        self._dim = heads.dim
+        self._heads = heads
+        self._dim = head_dim
+        self._prepare = ops.rotate_and_store
+        self._attend = ops.attention
         self._qkv = qkv
         self._out = out
-        self._normalise = normalise
-        self._rotate = rotate
 
     def __call__(self, x_TD: Tensor, step: Step, cache: KVLayer) -> Tensor:
-        qkv_TNE = self._qkv(x_TD).view(x_TD.shape[0], self._total, self._dim)
-        q_THE, k_TKE, v_TKE = qkv_TNE.split_with_sizes(self._split, dim=1)
-        q_THE, k_TKE = self._normalise(q_THE, k_TKE)
-        self._rotate(q_THE, k_TKE, step.positions_T)
-        self._ops.write_kv(k_TKE, v_TKE, cache, step.slots_T)
-        return self._out(self._ops.attention(q_THE, cache, step.attention, self._spec).flatten(1))
+        qkv_TNE = self._qkv(x_TD).view(x_TD.shape[0], -1, self._dim)
+        q_THE = self._prepare(qkv_TNE, cache, self._heads, positions_T=step.positions_T, slots_T=step.slots_T)
+        return self._out(self._attend(q_THE, cache, step.attention, self._spec).flatten(1))
 
 
 class SequentialBlock:
@@ -127,7 +101,8 @@ class ParallelBlock:
 class Decoder:
     """A stage's share of a model: the layers `layers`, the entry if they are the first, the exit if the last.
 
-    Runs under `torch.inference_mode`. The cache has one `KVLayer` for each of the stage's layers, in order.
+    embeds, has_head: whether it has the one, the other. Runs under `torch.inference_mode`. The cache has one `KVLayer`
+    for each of the stage's layers, in order.
     """
 
     def __init__(
@@ -148,6 +123,8 @@ class Decoder:
         self.weight_bytes = weight_bytes
         self._dtype = dtype
         self._blocks = tuple(blocks)
+        self.embeds = entry is not None
+        self.has_head = exit is not None
         self._entry = entry
         self._exit = exit
         self._station = station or Station()

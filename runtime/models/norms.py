@@ -1,4 +1,4 @@
-"""Norms of one model as plain callables, and what is done to queries and keys before they are rotated."""
+"""Norms of one model as plain callables, and those of queries and keys that `Ops.rotate_and_store` does not know."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,9 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...kernels.native_layer import NormWeight
 from ...kernels.ops import Ops
 from ...parallel.comm import Comm
+from ...parallel.linear import Layer
 from .spec import NormKind, NormSpec
+
+Normalise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(q_THE, k_TKE) -> the same, normalised."""
 
 
 class Norm:
@@ -19,6 +24,10 @@ class Norm:
         self._ops = ops
         self._weight_D = weight_D
         self._bias_D = bias_D
+
+    def rms(self) -> NormWeight | None:
+        """Its weight if it is an RMS norm."""
+        return NormWeight(self._weight_D, self._spec.eps) if self._spec.kind is NormKind.RMS else None
 
     def alone(self) -> Callable[[Tensor], Tensor]:
         """x -> norm(x)."""
@@ -40,13 +49,22 @@ def add_only(delta_TD: Tensor, residual_TD: Tensor) -> Tensor:
     return residual_TD.add_(delta_TD).to(delta_TD.dtype)
 
 
-def leave(q_THE: Tensor, k_TKE: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys as they are."""
-    return q_THE, k_TKE
+def normalised(qkv: Layer, normalise: Normalise, *, num_query: int, num_kv: int, head_dim: int) -> Layer:
+    """A fused projection of H + 2 K heads, its queries and keys normalised where they lie."""
+
+    def project(x_TD: Tensor) -> Tensor:
+        qkv_TF = qkv(x_TD)
+        heads_TNE = qkv_TF.view(x_TD.shape[0], -1, head_dim)
+        q_THE, k_TKE, _ = heads_TNE.split_with_sizes((num_query, num_kv, num_kv), dim=1)
+        for heads, changed in zip((q_THE, k_TKE), normalise(q_THE, k_TKE), strict=True):
+            heads.copy_(changed)
+        return qkv_TF
+
+    return project
 
 
 class HeadNorm:
-    """Each head alone, all with the weights of one."""
+    """Each head alone, all with the weights of one: layer norms, RMS norms being fused with the rotation."""
 
     def __init__(self, q: Norm, k: Norm) -> None:
         self._q = q.alone()

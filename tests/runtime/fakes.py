@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shoal.parallel.group import GroupFailure, GroupStartError, RankInfo
 from shoal.runtime.errors import RowFailed
@@ -80,6 +80,9 @@ class Row:
         self.chain.append(mix(self.chain[-1] if self.chain else 0, token))
         self.tokens.append(token)
 
+    def cut(self, length: int) -> None:
+        del self.tokens[length:], self.chain[length:]
+
 
 class FakeWorker:
     """One rank. `owner_of` tells whose content a sequence may read; `reads` False leaves the checks out."""
@@ -116,19 +119,30 @@ class FakeWorker:
             trap = trap_of(self.rows[part.slot].admission.params)
             if trap is not None and part.start <= trap < part.start + part.count:
                 raise Trapped(part.slot)
+        for slot, drafts in plan.drafts.items():
+            for token in drafts:
+                self.rows[slot].append(token)
         if self.reads:  # a layer stores all its keys and values before it reads any
             for part in plan.slices:
                 self._write(part)
             for part in plan.slices:
                 self._read(part)
         drawing = [part for part in plan.slices if part.samples]
-        tokens = [self._draw(part, plan.masks.get(part.slot)) for part in drawing]
-        asked = [self.rows[part.slot].admission.params.logprobs is not None for part in drawing]
-        logprobs = [
-            logprob_of(self.rows[part.slot].chain[-1]) if asks else None
-            for part, asks in zip(drawing, asked, strict=True)
-        ]
-        return StepResult(plan.step, tokens, logprobs if any(asked) else None, self._prompt_logprobs(plan))
+        tokens: list[int] = []
+        logprobs: list[TokenLogprob | None] = []
+        for part in drawing:
+            drafts = plan.drafts.get(part.slot, [])
+            drawn = self._draw(part, len(drafts), plan.masks.get(part.slot))
+            row = self.rows[part.slot]
+            asks, end = row.admission.params.logprobs is not None, part.start + part.count
+            tokens += drawn
+            logprobs += [
+                logprob_of(mix(row.chain[end - len(drawn) + i], max(token, 0))) if asks else None
+                for i, token in enumerate(drawn)
+            ]
+            self._keep(row, end - len(drafts), drafts, drawn)
+        asked = any(entry is not None for entry in logprobs)
+        return StepResult(plan.step, tokens, logprobs if asked else None, self._prompt_logprobs(plan))
 
     def _place(self, row: Row, position: int) -> tuple[int, int]:
         return row.table[position // self.block_size], position % self.block_size
@@ -146,22 +160,35 @@ class FakeWorker:
             assert tag[0] == row.owner, f"position {position} belongs to another owner"
             assert tag[1] == row.chain[position], f"position {position} holds the content of other tokens"
 
-    def _draw(self, part: Slice, mask: bytes | None) -> int:
+    def _draw(self, part: Slice, num_drafts: int, mask: bytes | None) -> list[int]:
+        """The token behind the last known one, and behind each guess."""
         row, end = self.rows[part.slot], part.start + part.count
         assert end == len(row.tokens), "drawing at a place that is not the end of the log"
+        words = 4 * -(-self.vocab // 32)
+        assert mask is None or len(mask) == words * (1 + num_drafts), "not a mask for each token that is drawn"
+        masks = [None if mask is None else mask[i * words : (i + 1) * words] for i in range(1 + num_drafts)]
+        return [self._draw_at(row, end - num_drafts + i, masks[i]) for i in range(1 + num_drafts)]
+
+    def _draw_at(self, row: Row, place: int, mask: bytes | None) -> int:
         params, prompt_len = row.admission.params, row.admission.prompt_len
-        banned = row.admission.stop_token_ids if end - prompt_len < params.min_tokens else []
-        token = -1
-        if row.tokens[-1] != POISON:
-            token = draw(
-                row.chain[-1],
-                seed=row.admission.seed,
-                vocab=self.vocab,
-                allows=lambda t: t not in banned and (mask is None or bit(mask, t)),
-            )
-        row.append(max(token, 0))
+        banned = row.admission.stop_token_ids if place - prompt_len < params.min_tokens else []
         self.num_drawn += 1
-        return token
+        if row.tokens[place - 1] == POISON:
+            return -1
+        return draw(
+            row.chain[place - 1],
+            seed=row.admission.seed,
+            vocab=self.vocab,
+            allows=lambda t: t not in banned and (mask is None or bit(mask, t)),
+        )
+
+    def _keep(self, row: Row, known: int, drafts: list[int], drawn: list[int]) -> None:
+        """The log goes on with what was drawn, as far as the guesses before it were right."""
+        row.cut(known)
+        for token, guess in zip(drawn, [*drafts, None], strict=True):
+            row.append(max(token, 0))
+            if token != guess:
+                return
 
     def _prompt_logprobs(self, plan: StepPlan) -> dict[int, list[TokenLogprob]]:
         found = {}
@@ -190,9 +217,21 @@ class Stepwise:
     def finished(self) -> bool:
         return not self.fails and self.num_tokens >= self.length
 
-    def mask(self) -> bytes | None:
+    def mask(self) -> bytes:
         allowed = sum(1 << t for t in range(self.vocab) if t % self.period == self.num_tokens % self.period)
         return allowed.to_bytes(-(-self.vocab // 32) * 4, "little")
+
+    def look_ahead(self, tokens: list[int]) -> list[bytes]:
+        ahead, masks = replace(self), list[bytes]()
+        for token in tokens:
+            try:
+                ahead.advance(token)
+            except RowFailed:
+                break
+            if ahead.finished:
+                break
+            masks.append(ahead.mask())
+        return masks
 
     def advance(self, token: int) -> None:
         if token % self.period != self.num_tokens % self.period:

@@ -7,6 +7,7 @@ from typing import Any
 from shoal.parallel.grid import Grid
 from shoal.parallel.threads import ThreadGroup
 from shoal.runtime.blocks import BlockPool
+from shoal.runtime.build_speculation import build_speculation, plan_draft
 from shoal.runtime.config import EngineConfig
 from shoal.runtime.engine import Engine
 from shoal.runtime.generation import GenerationRequest
@@ -52,7 +53,14 @@ def engine_over(model: Path, grid: Grid, *, num_blocks: int = 64, **changes: Any
         prefix_caching=config.enable_prefix_caching,
     )
     pool = BlockPool(num_blocks, block_size=config.block_size)
-    scheduler = Scheduler(limits, pool=pool, policy=FirstCome(), clock=time.monotonic, secret=bytes(32))
+    scheduler = Scheduler(
+        limits,
+        pool=pool,
+        policy=FirstCome(),
+        clock=time.monotonic,
+        secret=bytes(32),
+        speculation=build_speculation(config, plan_draft(config, spec), num_blocks=num_blocks),
+    )
     return Engine(scheduler, ThreadGroup(grid, factory, depth=depth))
 
 

@@ -10,10 +10,27 @@ from shoal.runtime.generation import FinishReason, GenerationRequest, TokenEvent
 from shoal.runtime.grammar import FREE
 from shoal.runtime.plan import Admission, Slice, StepPlan, StepResult
 from shoal.runtime.policy import FirstCome, Policy
+from shoal.runtime.propose import Ask
 from shoal.runtime.scheduler import Scheduler
 from shoal.runtime.sequence import Limits
+from shoal.runtime.speculation import Speculation
 
-from .fakes import Clock, FakeWorker, Row, Stepwise, Trapped, isolated, logprob_of, tenant_in_seed
+from .fakes import (
+    POISON,
+    VOCAB,
+    Clock,
+    FakeWorker,
+    Outcome,
+    Row,
+    Stepwise,
+    Trapped,
+    isolated,
+    logprob_of,
+    mix,
+    tenant_in_seed,
+)
+
+BEYOND = [5, POISON, 9, 2, 3, 7]  # guesses where the log has ended
 
 
 @dataclass(slots=True)
@@ -127,18 +144,61 @@ class Jury:
         return blamed
 
 
+class Guesser:
+    """A proposer that knows what the logs will say, and is wrong now and then."""
+
+    def __init__(self, harness: Harness) -> None:
+        self.harness = harness
+
+    def propose(self, asks: list[Ask]) -> list[list[int]]:
+        return [self._guess(ask) for ask in asks]
+
+    def follow(self, plan: StepPlan, result: StepResult) -> None:
+        pass
+
+    def _guess(self, ask: Ask) -> list[int]:
+        (seq,) = [seq for seq in self.harness.scheduler._running if seq.slot == ask.slot]
+        log = self.harness.logs[seq.request.id]
+        assert ask.tokens == [*log.request.prompt, *log.tokens], "a guess is wanted behind tokens that are not known"
+        assert len(ask.blocks) * self.harness.pool.block_size >= len(ask.tokens) + ask.most, "no room for the guesses"
+        luck = mix(len(ask.tokens), log.request.seed)
+        future = self.harness.outcome(log).tokens[len(log.tokens) :]
+        guesses = [*future, *BEYOND][: luck % (ask.most + 1)]
+        wrong = luck // 8 % 8
+        if wrong < len(guesses):
+            guesses[wrong] = luck // 64 % VOCAB
+        return guesses
+
+
 class Harness:
     """A scheduler, a fake rank and the plans in flight between them; asserts what any observer could."""
 
     def __init__(
-        self, limits: Limits, *, num_blocks: int, block_size: int, depth: int = 1, policy: Policy | None = None
+        self,
+        limits: Limits,
+        *,
+        num_blocks: int,
+        block_size: int,
+        depth: int = 1,
+        policy: Policy | None = None,
+        num_guesses: int = 0,
+        max_guessed: int = 8,
     ) -> None:
+        """num_guesses: a row at most; at no row while more than `max_guessed` sequences run."""
         self.limits = limits
+        self.num_guesses = num_guesses
         self.clock = Clock()
         self.depth = depth
         self.pool = BlockPool(num_blocks, block_size=block_size)
         self.policy = policy or FirstCome()
-        self.scheduler = Scheduler(limits, pool=self.pool, policy=self.policy, clock=self.clock, secret=b"secret")
+        self.scheduler = Scheduler(
+            limits,
+            pool=self.pool,
+            policy=self.policy,
+            clock=self.clock,
+            secret=b"secret",
+            speculation=Speculation(Guesser(self), num_tokens=num_guesses, max_batch=max_guessed if num_guesses else 0),
+        )
         self.worker = FakeWorker(block_size=block_size, vocab=limits.vocab_size, owner_of=tenant_in_seed)
         self.in_flight: deque[tuple[StepPlan, StepResult | None]] = deque()  # None: the rank was dead by then
         self.logs: dict[str, Log] = {}
@@ -237,7 +297,8 @@ class Harness:
         assert 0 < plan.num_tokens <= limits.max_num_batched_tokens, "the token budget is exceeded"
         assert len(set(slots)) == len(slots), "a sequence has two slices"
         assert all(0 <= slot < limits.max_num_seqs for slot in slots), "a slot that is not there"
-        singles = [part.count == 1 for part in plan.slices]
+        singles = [part.count == 1 or part.slot in plan.drafts for part in plan.slices]
+        self._check_drafts(plan)
         assert singles == sorted(singles, reverse=True), "rows of one token do not go first"
         admitted = [admission.slot for admission in plan.admissions]
         assert len(set(admitted)) == len(admitted), "a slot is given twice"
@@ -246,6 +307,25 @@ class Harness:
         assert all(0 <= block < self.pool.num_blocks for block in fresh), "a block that is not there"
         pipelined = limits.num_microbatches > 1
         assert not pipelined or not self._waits_for(plan), "a row is planned before its token can be there"
+
+    def _check_drafts(self, plan: StepPlan) -> None:
+        parts = {part.slot: part for part in plan.slices}
+        limits = {seq.slot: seq.limit for seq in self.scheduler._running}
+        in_flight: set[int] = set()
+        guessed: set[int] = set()
+        for other in [*(other for other, _ in self.in_flight), plan]:
+            in_flight -= {admission.slot for admission in other.admissions}  # of whoever had the slot before
+            guessed -= {admission.slot for admission in other.admissions}
+            if other is not plan:
+                in_flight |= {part.slot for part in other.slices}
+                guessed |= set(other.drafts)
+        assert not guessed & set(parts), "a row goes on while guesses at it are out"
+        for slot, drafts in plan.drafts.items():
+            part = parts[slot]
+            assert 0 < len(drafts) <= self.num_guesses, "too many guesses, or none"
+            assert (part.count, part.samples) == (1 + len(drafts), True), "more is computed than the guesses"
+            assert part.start + part.count < limits[slot], "a guess at what is behind the log's end"
+            assert slot not in in_flight, "a guess before the sequence's last result is back"
 
     def _waits_for(self, plan: StepPlan) -> set[int]:
         recent = list(self.in_flight)[-(self.limits.num_microbatches - 1) :]
@@ -259,6 +339,10 @@ class Harness:
     def check(self) -> None:
         """What holds between any two calls."""
         self.scheduler.check()
+        for seq in self.scheduler._running:
+            for index, block in enumerate(seq.blocks):
+                names = [None, seq.names[index]] if index < seq.num_published else [None]
+                assert self.pool._digests[block] in names, "a block's name is not that of its known tokens"
         assert self.scheduler.num_running <= self.limits.max_num_seqs
         live = {log.request.id for log in self.logs.values() if not log.ended}
         if isinstance(self.policy, FirstCome) and not self.jury.suspects:
@@ -269,14 +353,18 @@ class Harness:
         queued = self.scheduler.num_running + self.scheduler.num_waiting
         assert queued == len(live), "a live log is in no queue, or an ended one is"
 
+    def outcome(self, log: Log) -> Outcome:
+        """What the log comes to alone."""
+        constraint = FREE if log.constraint is None else log.constraint.after(log.request.tokens)
+        longest = min(self.limits.max_model_len, self.pool.num_blocks * self.pool.block_size)
+        return isolated(log.request, constraint, limits=replace(self.limits, max_model_len=longest))
+
     def check_log(self, log: Log) -> None:
         """An ended log is what it would have been alone, or a beginning of that if it was cut off."""
         assert log.ended
         assert log.last is not None
         log.check_logprobs()
-        constraint = FREE if log.constraint is None else log.constraint.after(log.request.tokens)
-        longest = min(self.limits.max_model_len, self.pool.num_blocks * self.pool.block_size)
-        wanted = isolated(log.request, constraint, limits=replace(self.limits, max_model_len=longest))
+        wanted = self.outcome(log)
         reason = log.last.finish_reason
         if reason in (FinishReason.ABORT, FinishReason.TIMEOUT):
             assert log.tokens == wanted.tokens[: len(log.tokens)], "a cut-off log says something else"

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def table(*, block_size: int = 16) -> SequenceTable:
-    return SequenceTable(num_slots=4, max_model_len=64, block_size=block_size, device=CPU)
+    return SequenceTable(num_slots=4, max_model_len=64, block_size=block_size)
 
 
 def admission(slot: int, tokens: list[int], **params: object) -> Admission:

@@ -11,7 +11,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from shoal.runtime import scheduler as scheduler_module
 from shoal.runtime.blocks import BlockNames, BlockPool
-from shoal.runtime.draft import Draft
+from shoal.runtime.outline import Outline
 from shoal.runtime.quarantine import Quarantine, Verdict
 from shoal.runtime.scheduler import Scheduler
 from shoal.runtime.sequence import Sequence
@@ -152,7 +152,7 @@ def the_budget_is_ignored(patch: Patch) -> None:
         original(self, seq, num_tokens)
         self.budget = budget
 
-    around(patch, Draft, "advance", advance)
+    around(patch, Outline, "advance", advance)
 
 
 @bug
@@ -162,14 +162,14 @@ def long_slices_go_first(patch: Patch) -> None:
         self.single_rows, self.chunk_rows = self.chunk_rows, self.single_rows
         return original(self)
 
-    around(patch, Draft, "plan", plan)
+    around(patch, Outline, "plan", plan)
 
 
 @bug
 def growth_comes_a_token_late(patch: Patch) -> None:
-    def grow(original, self, draft, seq):  # type: ignore[no-untyped-def]
+    def grow(original, self, outline, seq):  # type: ignore[no-untyped-def]
         late = seq.num_computed == len(seq.blocks) * self.pool.block_size and self.pool.num_free > 1
-        return True if late else original(self, draft, seq)
+        return True if late else original(self, outline, seq)
 
     around(patch, Scheduler, "_grow", grow)
 
@@ -269,9 +269,9 @@ def prompt_logprobs_are_lost_to_the_cache(patch: Patch) -> None:
 
 @bug
 def the_head_of_the_queue_is_passed_by(patch: Patch) -> None:
-    def rest(original, self, draft, behind):  # type: ignore[no-untyped-def]
+    def rest(original, self, outline, behind):  # type: ignore[no-untyped-def]
         self._waiting.reverse()
-        original(self, draft, behind)
+        original(self, outline, behind)
         self._waiting.sort(key=lambda seq: seq.key)
 
     around(patch, Scheduler, "_plan_rest", rest)

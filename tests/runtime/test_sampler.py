@@ -21,7 +21,7 @@ class Rank:
 
     def __init__(self) -> None:
         self.sampler = Sampler(ReferenceOps(CPU), V)
-        self.table = SequenceTable(num_slots=8, max_model_len=32, block_size=16, device=CPU)
+        self.table = SequenceTable(num_slots=8, max_model_len=32, block_size=16)
         self.lengths: list[int] = []
 
     def admit(self, *requests: tuple[list[int], int, SamplingParams], stop: tuple[int, ...] = ()) -> None:

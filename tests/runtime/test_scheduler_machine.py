@@ -84,6 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.one_of(st.builds(FirstCome), st.builds(Priority), st.builds(FairShare)),
         caching=st.sampled_from([True, True, True, False]),
         schedule=st.sampled_from(["ring", "ring", "gpipe"]),
+        guesses=st.sampled_from([(0, 0), (2, 1), (2, 2), (4, 8)]),
     )
     def start(self, num_blocks: int, block_size: int, depth: int, microbatches: int, **rest: object) -> None:
         limits = Limits(
@@ -98,7 +99,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_caching=rest["caching"],
         )
         self.num_added = 0
-        self.harness = Harness(limits, num_blocks=num_blocks, block_size=block_size, depth=depth, policy=rest["policy"])
+        num_guesses, max_guessed = rest.get("guesses", (0, 0))
+        self.harness = Harness(
+            limits,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            depth=depth,
+            policy=rest["policy"],
+            num_guesses=num_guesses,
+            max_guessed=max_guessed,
+        )
 
     @rule(
         request=requests(),

@@ -1,4 +1,4 @@
-"""A step in the making: what the scheduler has decided so far, on its way to becoming a `StepPlan`."""
+"""A step in outline: what the scheduler has decided so far, on its way to becoming a `StepPlan`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Flight:
 
 
 @dataclass(slots=True)
-class Draft:
-    """Slices of one token and longer ones are kept apart: the former go first, and attention relies on it."""
+class Outline:
+    """Slices of one known token and longer ones are kept apart: the former go first, and attention relies on it."""
 
     step: int
     budget: int  # tokens that may still be planned
@@ -30,6 +30,7 @@ class Draft:
     out_of_blocks: bool = False
     singles: list[Slice] = field(default_factory=list)
     single_rows: list[Row] = field(default_factory=list)
+    drafts: dict[int, list[int]] = field(default_factory=dict)
     chunks: list[Slice] = field(default_factory=list)
     chunk_rows: list[Row] = field(default_factory=list)
 
@@ -59,9 +60,19 @@ class Draft:
             if seq.mask is not None:
                 self.masks[seq.slot] = seq.mask
 
+    def guess(self, index: int, drafts: list[int], masks: list[bytes]) -> None:
+        """Have the single row at `index` compute these guesses, too. masks: of a constrained row, one behind each."""
+        part, seq = self.singles[index], self.single_rows[index][0]
+        seq.num_guesses = len(drafts)
+        self.singles[index] = Slice(part.slot, part.start, 1 + len(drafts), True)
+        self.drafts[part.slot] = drafts
+        self.budget -= len(drafts)
+        if masks:
+            self.masks[part.slot] = b"".join([self.masks[part.slot], *masks])
+
     def plan(self) -> StepPlan:
         """The finished step."""
-        return StepPlan(self.step, self.admissions, self.blocks, self.singles + self.chunks, self.masks)
+        return StepPlan(self.step, self.admissions, self.blocks, self.singles + self.chunks, self.masks, self.drafts)
 
     @property
     def rows(self) -> list[Row]:
