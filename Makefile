@@ -32,7 +32,7 @@ check: $(STAMP).dev
 	$(BIN)/pyright
 
 bench: $(STAMP).demo
-	$(BIN)/shoal bench $(ARGS)
+	$(BIN)/shoal bench engine $(ARGS)
 
 dev: $(STAMP).dev $(STAMP).demo
 

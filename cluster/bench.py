@@ -1,191 +1,167 @@
-"""`shoal bench`: what the engine does on this machine, or what a running server gives to concurrent clients.
+"""`shoal bench`: what a running server gives its clients; what the engine, the kernels and a start cost here.
 
-The engine's figures come from the engine alone, step by step, without HTTP, detokenizing or Ray.
+Only flags are read here; each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
 
-import random
-import statistics
-import threading
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from ..runtime.errors import ShoalError
-from .offline import Overrides, engine_config
+import typer
 
-if TYPE_CHECKING:
-    from ..runtime.build import Replica
-    from ..runtime.stats import Stats
+from ..runtime.errors import ConfigError
+from .flags import section_fields, with_flags
 
-BATCHES = (1, 8, 32)
-PROMPT_TOKENS = 32
-PREFILL_TOKENS = 512
-PREFILL_PROMPTS = 4
+ENGINE_FLAGS = section_fields("engine", skip=("model",))
+START_FLAGS = [*section_fields("server"), *ENGINE_FLAGS]
 
+bench = typer.Typer(
+    help="Measure a server, the engine, its kernels, or a start.", no_args_is_help=True, rich_markup_mode=None
+)
 
-def bench_engine(model: str | None, overrides: Overrides, *, tokens: int) -> None:
-    """Decode at several batch sizes and prefill, on fresh random prompts; prints a table."""
-    from ..runtime.build import build_replica
-    from .demo import need_demo_model
+MODEL_HELP = "A folder, a hub id already in the local cache, or a .gguf file; default: the demo model."
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything measured there, too.")]
 
-    begin = time.perf_counter()
-    config = engine_config(model or str(need_demo_model()), overrides)
-    replica = build_replica(config)
-    print(f"{config.model}: loaded in {time.perf_counter() - begin:.1f} s, {replica.dtype}, {replica.device}\n")
-    rng = random.Random(0)
-    try:
-        _decode(replica, rng, batch=1, tokens=8)  # the first steps of a process are slow: allocator, kernel choice
-        rows = [_decode_row(replica, rng, batch=batch, tokens=tokens) for batch in BATCHES]
-        rows.append(_prefill_row(replica, rng))
-    finally:
-        replica.engine.close()
-    _print_table(("", "tok/s", "ms a step", "host ms a step"), rows)
+RANGE = "N[:M]"
+LoadName = Literal["random", "sharegpt", "shared-prefix"]
 
 
-def _decode_row(replica: Replica, rng: random.Random, *, batch: int, tokens: int) -> tuple[str, ...]:
-    seconds, before, after = _decode(replica, rng, batch=batch, tokens=tokens)
-    return _row(f"decode, batch {batch}", after.generation_tokens - before.generation_tokens, seconds, before, after)
+@bench.command()
+def serve(
+    *,
+    url: Annotated[str, typer.Option(help="Of OpenAI's API, with or without /v1.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.")] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the first of /v1/models.")] = None,
+    endpoint: Annotated[Literal["completions", "chat"], typer.Option()] = "completions",
+    rate: Annotated[str | None, typer.Option(metavar="R[,R...]", help="Open loop: requests a second.")] = None,
+    concurrency: Annotated[str | None, typer.Option(metavar="N[,N...]", help="Closed loop: clients [8].")] = None,
+    burstiness: Annotated[float, typer.Option(min=0.01, help="Of arrivals: 1 Poisson, less comes in bursts.")] = 1.0,
+    requests: Annotated[int | None, typer.Option(min=1, help="Of each run [100; no limit with --duration].")] = None,
+    duration: Annotated[float | None, typer.Option(min=0.1, help="Seconds after which nothing more is sent.")] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests ahead of the first run, not counted.")] = 8,
+    load: Annotated[LoadName, typer.Option(help="What is asked.")] = "random",
+    input_tokens: Annotated[str | None, typer.Option(metavar=RANGE, help="Of a message [512; shared: 64].")] = None,
+    output_tokens: Annotated[str | None, typer.Option(metavar=RANGE, help="Of an answer [128].")] = None,
+    file: Annotated[Path | None, typer.Option(help="sharegpt: its JSON, or lines of prompt, output_tokens.")] = None,
+    max_context: Annotated[int | None, typer.Option(min=64, help="sharegpt: tokens at most [2048].")] = None,
+    prefix_groups: Annotated[int | None, typer.Option(min=1, help="shared-prefix: how many [8].")] = None,
+    prefix_tokens: Annotated[int | None, typer.Option(min=1, help="shared-prefix: how long [1024].")] = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="shared-prefix: of a conversation [1].")] = None,
+    seed: Annotated[int, typer.Option(help="The load is the same for every server.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    tokenize: Annotated[bool, typer.Option(help="Ask the server's /tokenize, so that lengths are exact.")] = True,
+    slo: Annotated[str | None, typer.Option(metavar="ttft=MS,...", help="Goodput's: of ttft, tpot, e2e.")] = None,
+    timeout: Annotated[float, typer.Option("--timeout-s", min=0.1, help="Of a request.")] = 600.0,
+    json_file: Json = None,
+    rows: Annotated[bool, typer.Option("--rows", help="With --json: every request, too.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw it there.")] = None,
+) -> None:
+    """Time a running server's answers, anybody's.
 
-
-def _decode(replica: Replica, rng: random.Random, *, batch: int, tokens: int) -> tuple[float, Stats, Stats]:
-    """Seconds and statistics from where all of the batch have their first token to the end."""
-    engine = replica.engine
-    for prompt in _prompts(replica, rng, count=batch, length=PROMPT_TOKENS):
-        engine.add(_request(prompt, tokens))
-    started: set[str] = set()
-    while len(started) < batch:
-        started |= {event.id for event in engine.step()}
-    before, begin = engine.stats(), time.perf_counter()
-    while engine.has_work:
-        engine.step()
-    return time.perf_counter() - begin, before, engine.stats()
-
-
-def _prefill_row(replica: Replica, rng: random.Random) -> tuple[str, ...]:
-    engine = replica.engine
-    length = min(PREFILL_TOKENS, replica.max_model_len - 1)
-    before, begin = engine.stats(), time.perf_counter()
-    for prompt in _prompts(replica, rng, count=PREFILL_PROMPTS, length=length):
-        engine.add(_request(prompt, 1))
-    while engine.has_work:
-        engine.step()
-    return _row(f"prefill, {length}", PREFILL_PROMPTS * length, time.perf_counter() - begin, before, engine.stats())
-
-
-def _row(name: str, tokens: int, seconds: float, before: Stats, after: Stats) -> tuple[str, ...]:
-    steps = max(1, after.steps - before.steps)
-    host_ms = 1e3 * (after.host_s - before.host_s) / steps
-    return name, f"{tokens / seconds:.1f}", f"{1e3 * seconds / steps:.2f}", f"{host_ms:.3f}"
-
-
-def _prompts(replica: Replica, rng: random.Random, *, count: int, length: int) -> list[list[int]]:
-    return [[rng.randrange(replica.spec.vocab_size) for _ in range(length)] for _ in range(count)]
-
-
-def _request(prompt: list[int], tokens: int) -> Any:
-    from ..runtime.generation import GenerationRequest, SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    return GenerationRequest(id=f"bench-{random.getrandbits(64):x}", prompt=prompt, params=params, seed=0)
-
-
-@dataclass(slots=True)
-class Timing:
-    """One request as its client saw it: seconds to the first token, and the moments of all."""
-
-    ttft_s: float = 0.0
-    end_s: float = 0.0
-    moments: list[float] = field(default_factory=list)
-    tokens: int = 0
-
-
-def bench_server(url: str, *, api_key: str | None, streams: int, requests: int, tokens: int) -> None:
-    """Keep `streams` requests running until `requests` are done; prints a table.
-
-    Raises:
-        ShoalError: the server refused or failed a request.
+    Several rates, as 1,2,4,8, make a run each and one table. Ctrl-C shows what there is by then.
     """
-    from .client import Client
+    from .bench_flags import LoadFlags, make_load, make_paces
+    from .bench_output import check_outputs, run_serve
+    from .bench_report import Slo
+    from .bench_serve import ServePlan
 
-    client = Client(url, api_key=api_key)
-    model = client.first_model()
-    left = iter(range(requests))
-    lock = threading.Lock()
-    timings: list[Timing] = []
-    failures: list[ShoalError] = []
-
-    def work() -> None:
-        while not failures:
-            with lock:
-                number = next(left, None)
-            if number is None:
-                return
-            try:
-                timings.append(_time_stream(client, model, number, tokens))
-            except ShoalError as error:
-                failures.append(error)
-
-    begin = time.perf_counter()
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(streams)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    _print_server(timings, time.perf_counter() - begin, streams)
+    check_outputs(json_file, plot, rows=rows)
+    wanted = LoadFlags(input_tokens, output_tokens, file, max_context, prefix_groups, prefix_tokens, turns)
+    plan = ServePlan(
+        url=url,
+        api_key=api_key,
+        model=model,
+        endpoint=endpoint,
+        paces=make_paces(rate, concurrency, requests),
+        burstiness=burstiness,
+        requests=requests if requests is not None or duration is not None else 100,
+        duration_s=duration,
+        warmup=warmup,
+        load=make_load(load, wanted),
+        seed=seed,
+        temperature=temperature,
+        tokenize=tokenize,
+        slo=None if slo is None else Slo.parse(slo),
+        timeout_s=timeout,
+    )
+    raise typer.Exit(run_serve(plan, json_file=json_file, rows=rows, plot=plot))
 
 
-def _time_stream(client: Any, model: str, number: int, tokens: int) -> Timing:
-    body = {
-        "model": model,
-        "prompt": f"Request number {number}: tell a long story about the sea.",
-        "max_tokens": tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream_options": {"include_usage": True},
-    }
-    timing = Timing()
-    begin = time.perf_counter()
-    for event in client.stream("/v1/completions", body):
-        now = time.perf_counter() - begin
-        if event["choices"]:
-            timing.ttft_s = timing.ttft_s or now
-            timing.moments.append(now)
-        if usage := event.get("usage"):
-            timing.tokens = usage["completion_tokens"]
-    timing.end_s = time.perf_counter() - begin
-    return timing
+@bench.command()
+@with_flags(ENGINE_FLAGS)
+def engine(
+    model: Model = None,
+    *,
+    batch: Annotated[str, typer.Option(metavar="N[,N...]", help="Sequences that decode together.")] = "1,8,32",
+    input_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt that is decoded from.")] = 32,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Of an answer.")] = 64,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt whose reading is timed.")] = 512,
+    json_file: Json = None,
+    overrides: dict[tuple[str, str], Any],
+) -> None:
+    """Time the engine alone: no HTTP, no text, no Ray."""
+    from .bench_engine import EngineLoad, bench_engine
+    from .bench_report import check_writable
+
+    check_writable(json_file, "--json", ".json")
+    load = EngineLoad(numbers(batch, "--batch"), input_tokens, output_tokens, prefill_tokens)
+    bench_engine(model, overrides, load, json_file=json_file)
 
 
-def _print_server(timings: Sequence[Timing], seconds: float, streams: int) -> None:
-    gaps = [1e3 * (late - early) for timing in timings for early, late in pairwise(timing.moments)]
-    firsts = [1e3 * timing.ttft_s for timing in timings]
-    tokens = sum(timing.tokens for timing in timings)
-    print(f"{len(timings)} requests, {streams} at once, {seconds:.1f} s\n")
-    rows = [
-        ("time to first token, ms", *_spread(firsts)),
-        ("between chunks, ms", *_spread(gaps)),
-        ("whole request, ms", *_spread([1e3 * timing.end_s for timing in timings])),
-    ]
-    _print_table(("", "mean", "p50", "p99"), rows)
-    print(f"\n{len(timings) / seconds:.2f} requests/s, {tokens / seconds:.1f} output tokens/s")
+@bench.command()
+def kernels(
+    model: Model = None,
+    *,
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option()] = "auto",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
+    kv_cache_dtype: Annotated[Literal["auto", "bfloat16", "int8", "fp8"], typer.Option()] = "auto",
+    batch: Annotated[str, typer.Option(metavar="N[,N...]", help="Tokens of a decode step.")] = "1,32",
+    context: Annotated[str, typer.Option(metavar="N[,N...]", help="Tokens that attention reads.")] = "512,2048",
+    seconds: Annotated[float, typer.Option(min=0.001, help="Spent on each figure, at least.")] = 0.2,
+    threads: Annotated[int | None, typer.Option(min=1, help="On a CPU; default: all cores.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Time each operation at a model's shapes.
+
+    Against what memory and multipliers of this device can do. Weights are random: only the model's config is read.
+    """
+    from .bench_kernels import KernelPlan, bench_kernels
+    from .bench_report import check_writable
+
+    check_writable(json_file, "--json", ".json")
+    batches, contexts = numbers(batch, "--batch"), numbers(context, "--context")
+    plan = KernelPlan(device, dtype, batches, contexts, seconds, threads, kv_cache_dtype)
+    bench_kernels(model, plan, json_file=json_file)
 
 
-def _spread(values: Sequence[float]) -> tuple[str, str, str]:
-    if not values:
-        return "-", "-", "-"
-    ordered = sorted(values)
-    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    return f"{statistics.fmean(ordered):.2f}", f"{statistics.median(ordered):.2f}", f"{p99:.2f}"
+@bench.command()
+@with_flags(START_FLAGS)
+def startup(
+    model: Model = None,
+    *,
+    runs: Annotated[int, typer.Option(min=1, help="Starts, one after the other.")] = 3,
+    json_file: Json = None,
+    overrides: dict[tuple[str, str], Any],
+) -> None:
+    """Time how `shoal serve` starts and ends.
+
+    From the command to /health, to /ready and to a first token, and from SIGTERM to its end.
+    """
+    from .bench_report import check_writable
+    from .bench_startup import bench_startup
+
+    check_writable(json_file, "--json", ".json")
+    bench_startup(model, overrides, runs=runs, json_file=json_file)
 
 
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    for row in (head, *rows):
-        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join([row[0].ljust(len(first)), *rest]))
+def numbers(text: str, flag: str) -> tuple[int, ...]:
+    """Of `1,8,32`. Raises ConfigError."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise ConfigError(f"{flag} {text}: expected whole numbers from 1 on, as 1,8,32")
+    return found

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..runtime.errors import ConfigError, ShoalError, StartupError
+from .bench import bench
 from .config import flag_of
 from .flags import SIMULATION, section_fields, with_flags
 from .processes import Stop
@@ -130,28 +131,44 @@ def doctor(
 
 
 @app.command()
-@with_flags(ENGINE_FLAGS)
-def bench(
-    model: MaybeModel = None,
+def quantize(
+    model: Model,
     *,
-    url: Url = None,
-    api_key: Key = None,
-    streams: Annotated[int, typer.Option(min=1, help="With --url: streams at once.")] = 8,
-    requests: Annotated[int, typer.Option(min=1, help="With --url: requests in all.")] = 32,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate a request.")] = 64,
-    overrides: dict[tuple[str, str], Any],
+    format: Annotated[str, typer.Option("--format", help="int8, w8a8, fp8 or int4.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write: a new one.")],
+    group_size: Annotated[int | None, typer.Option(help="Of int4. Default: 128, or 64 or 32 where that fits.")] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Of int4: zero points. Default: with them.")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A text to go by. Default: one that comes along.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A module to leave dense, or re:EXPRESSION; may be repeated.")
+    ] = None,
+    evaluate: Annotated[bool, typer.Option(help="Hold the result against the original.")] = True,
+    report: Annotated[Path | None, typer.Option(help="Write the report there, too, as JSON.")] = None,
 ) -> None:
-    """Measure the engine, or a running server (--url).
+    """Write a quantised copy of a model, as compressed-tensors.
 
-    Without a model: the demo model.
+    What is written is served by shoal and vLLM, and read by transformers.
     """
-    from .bench import bench_engine, bench_server
+    from ..runtime.quantize import HEAD, Recipe
+    from .quantize import run_quantize
 
-    if url is not None:
-        _refuse_flags(overrides, url)
-        bench_server(url, api_key=api_key, streams=streams, requests=requests, tokens=tokens)
-    else:
-        bench_engine(model, overrides, tokens=tokens)
+    recipe = Recipe(format, group_size=group_size, symmetric=symmetric, ignore=(HEAD, *(ignore or ())))
+    run_quantize(model, out, recipe, calibration=calibration, evaluation=evaluate, report=report)
+
+
+@app.command()
+def perplexity(
+    model: Model,
+    other: Annotated[str | None, typer.Argument(metavar="OTHER", help="Hold this one against it.")] = None,
+    *,
+    text: Annotated[Path | None, typer.Option(help="A text. Default: one that comes along.")] = None,
+) -> None:
+    """Measure how well a model predicts a text."""
+    from .quantize import run_perplexity
+
+    run_perplexity(model, other, text=text)
 
 
 @app.command()
@@ -177,6 +194,8 @@ def version() -> None:
 
     print(installed("shoal"))
 
+
+app.add_typer(bench, name="bench")
 
 keys = typer.Typer(help="API keys and whose they are.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(keys, name="keys")

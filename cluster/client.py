@@ -1,4 +1,4 @@
-"""A client of our HTTP API in the standard library alone: what `demo`, `chat --url` and `bench --url` speak with."""
+"""A client of our HTTP API in the standard library alone: what `demo` and `chat --url` speak with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import http.client
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,10 +15,18 @@ from ..runtime.errors import ConfigError, EngineError, RequestError
 Message = Mapping[str, str]
 
 
-class Client:
-    """Calls to one server; each opens a connection of its own, so threads may share a client."""
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a server is. base: what stands before `/v1` in its paths; port None: the scheme's."""
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
+    secure: bool
+    host: str
+    port: int | None
+    base: str
+
+    @staticmethod
+    def parse(url: str) -> Origin:
+        """Of `http://host:port`, with or without `/v1`. Raises ConfigError."""
         try:
             parts = urlsplit(url if "//" in url else f"http://{url}")
             port = parts.port
@@ -25,9 +34,18 @@ class Client:
             raise ConfigError(f"--url {url}: {error}; expected http://host:port") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"--url {url}: expected http://host:port")
-        self._secure = parts.scheme == "https"
-        self._host, self._port, self._timeout_s = parts.hostname, port, timeout_s
-        self._base = parts.path.rstrip("/").removesuffix("/v1")
+        return Origin(parts.scheme == "https", parts.hostname, port, parts.path.rstrip("/").removesuffix("/v1"))
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}" if self.port else self.host
+
+
+class Client:
+    """Calls to one server; each opens a connection of its own, so threads may share a client."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
+        self._origin = Origin.parse(url)
+        self._timeout_s = timeout_s
         self._headers = {"content-type": "application/json"}
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
@@ -38,7 +56,7 @@ class Client:
             try:
                 return str(json.load(response)["data"][0]["id"])
             except (ValueError, LookupError, TypeError):
-                raise EngineError(f"{self._base or '/'} has no /v1/models: is it OpenAI's API?") from None
+                raise EngineError(f"{self._origin.base or '/'} has no /v1/models: is it OpenAI's API?") from None
 
     def chat(self, messages: Sequence[Message], **params: Any) -> Iterator[str]:
         """Pieces of the answer's text as they come."""
@@ -70,24 +88,25 @@ class Client:
     def _call(
         self, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> Iterator[http.client.HTTPResponse]:
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self._timeout_s)
+        origin = self._origin
+        kind = http.client.HTTPSConnection if origin.secure else http.client.HTTPConnection
+        connection = kind(origin.host, origin.port, timeout=self._timeout_s)
         try:
             payload = None if body is None else json.dumps(body).encode()
-            connection.request(method, self._base + path, payload, self._headers)
+            connection.request(method, origin.base + path, payload, self._headers)
             response = connection.getresponse()
             if response.status != 200:
-                problem = f"{method} {path}: status {response.status}: {_reason(response.read())}"
+                problem = f"{method} {path}: status {response.status}: {reason_of(response.read())}"
                 raise RequestError(problem) if response.status < 500 else EngineError(problem)
             yield response
         except (OSError, http.client.HTTPException) as error:
-            where = f"{self._host}:{self._port}" if self._port else self._host
-            raise EngineError(f"no answer from the server at {where}: {error}") from None
+            raise EngineError(f"no answer from the server at {origin}: {error}") from None
         finally:
             connection.close()
 
 
-def _reason(body: bytes) -> str:
+def reason_of(body: bytes) -> str:
+    """What a body that is no answer says, in one line."""
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -14,7 +14,7 @@ from shoal.cluster.preflight import read_chat_template
 from shoal.runtime.config import EngineConfig
 from shoal.runtime.errors import ConfigError
 
-COMMANDS = ["serve", "demo", "generate", "chat", "doctor", "bench", "simulate", "version"]
+COMMANDS = ["serve", "demo", "generate", "chat", "doctor", "bench", "quantize", "perplexity", "simulate", "version"]
 HEAVY = ["torch", "transformers", "tokenizers", "ray", "fastapi", "numpy", "llguidance", "rich"]
 
 
@@ -109,14 +109,15 @@ def test_chat_templates_are_read_at_start(tmp_path: Path) -> None:
     assert read_chat_template(file) == "{{ messages[0].content }}"
 
 
-@pytest.mark.parametrize("command", [["generate", "some/model", "hi"], ["chat", "some/model"], ["bench", "some/model"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "some/model", "hi"], ["chat", "some/model"], ["bench", "engine", "some/model"]]
+)
 def test_commands_without_a_server_name_the_flag_too(command: list[str]) -> None:
     assert "--max-num-seqs: " in refusal(*command, "--max-num-seqs", "0")
 
 
-@pytest.mark.parametrize("command", ["chat", "bench"])
-def test_flags_of_the_engine_are_not_ignored_with_a_url(command: str) -> None:
-    assert "--dtype" in refusal(command, "--url", "http://127.0.0.1:1", "--dtype", "float32")
+def test_flags_of_the_engine_are_not_ignored_with_a_url() -> None:
+    assert "--dtype" in refusal("chat", "--url", "http://127.0.0.1:1", "--dtype", "float32")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:port", "ftp://127.0.0.1", "http://[", "//"])
