@@ -82,7 +82,7 @@ class SleepWorker:
         assert argument.stage_s is not None
         runner = SleepRunner(argument.stage_s)
         ops = select_ops(torch.device("cpu"))
-        table = SequenceTable(num_slots=64, max_model_len=512, block_size=16, device=ops.device)
+        table = SequenceTable(num_slots=64, max_model_len=512, block_size=16)
         first = Returned(runner, table, ring, depth=argument.depth)
         last = DrawnAndReturned(runner, table, Sampler(ops, VOCAB), ring)
         self._worker = ModelWorker(

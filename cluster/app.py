@@ -123,7 +123,12 @@ def build_parts(config: ShoalConfig, board: Path) -> Parts:
         built = build_replica(engine, secret=secret_of(config), launcher=launcher)
         info = ModelInfo(
             model=config.router.served_model_name[0],
-            digest=model_digest(built.model_path, str(built.dtype), f"deterministic={engine.deterministic}"),
+            digest=model_digest(
+                built.model_path,
+                str(built.dtype),
+                f"deterministic={engine.deterministic}",
+                f"kv_cache_dtype={engine.kv_cache_dtype}",
+            ),
             max_model_len=built.max_model_len,
             vocab_size=built.spec.vocab_size,
             eos_token_ids=list(built.eos_token_ids),

@@ -94,3 +94,14 @@ def _free_ports(count: int) -> list[int]:
     for sock in held:
         sock.close()
     return ports
+
+
+def leave_out_daemons() -> None:
+    """Before `ray.init`: without the autoscaler's monitor, the log monitor and the API server, which nothing here asks.
+
+    Three Python processes, and Ray waits for the last of them before it starts its raylet.
+    """
+    node: Any = import_module("ray._private.node").Node
+    for name in ("start_monitor", "start_log_monitor", "start_api_server"):
+        assert callable(getattr(node, name)), name
+        setattr(node, name, lambda *_args, **_kwargs: None)

@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from .config import EMBEDDED, NO_REDIS, ShoalConfig, check_supported, is_loopbac
 from .preflight import check_grid, free_port, read_chat_template
 from .processes import Stop, adopting_orphans, ignore_signals, raise_on_signals
 from .progress import Progress
-from .ray_env import ray_environment
+from .ray_env import leave_out_daemons, ray_environment
 from .redis_server import embedded_redis
 from .secret import cluster_secret, default_file
 
@@ -124,6 +125,7 @@ def start_ray(config: ShoalConfig, run_dir: Path) -> None:
 
     from .ray_launcher import cpus_needed
 
+    leave_out_daemons()
     ray.init(
         address="local",
         # Cores are shared out by threads: what actors ask for must never be what keeps them waiting.
@@ -155,18 +157,49 @@ def deploy(config: ShoalConfig, *, port: int, chat_template: str | None, board: 
     import ray
     from ray import serve
 
-    from .app import build_app, on_device
-
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve sets it to INFO when it is imported
     progress.phase("starting Ray Serve")
-    serve.start(http_options={"host": config.server.host, "port": port}, proxy_location="HeadOnly")
+    starting = start_serve(config.server.host, port)
+    from .app import build_app, on_device
+
+    await_controller(starting)
     config = share_cores(on_device(config, num_gpus=ray.cluster_resources().get("GPU", 0.0)))
     app = build_app(config, board=board.file, chat_template=chat_template)
     progress.phase("starting the replica")
     with board.follow(progress):
         serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)
+        starting.result()
         await_ready(config, port=port, board=board)
     return url_of(config.server.host, port)
+
+
+def start_serve(host: str, port: int) -> Future[None]:
+    """Serve's controller and its proxies, which are there when the future is done."""
+    from ray import serve
+
+    done: Future[None] = Future()
+
+    def start() -> None:
+        try:
+            serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+        except Exception as error:  # noqa: BLE001 (it is raised where the result is asked for)
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=start, name="shoal-serve", daemon=True).start()
+    return done
+
+
+def await_controller(starting: Future[None]) -> None:
+    """Returns when Serve can be told what to deploy: replicas need no proxy, they load their weights meanwhile."""
+    import ray
+
+    while not starting.done():
+        with suppress(ValueError):
+            ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+            return
+        time.sleep(POLL_S)
 
 
 def await_ready(config: ShoalConfig, *, port: int, board: Board) -> None:
