@@ -23,6 +23,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
+from ..kernels.native_build import UnavailableError, build_library
 from ..runtime.errors import StartupError
 from ..runtime.hub import resolve_model
 from .board import Board
@@ -66,6 +67,8 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
     if (small := smaller(config)) is not None:
         check_grid(small.engine)
     config = with_secret(config)
+    if config.engine.device != "cuda":
+        compile_ahead()
     run_dir = Path(tempfile.mkdtemp(prefix="shoal-"))
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     ready = False
@@ -92,6 +95,16 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def compile_ahead() -> None:
+    """Begin what a CPU's replicas wait for at a machine's first start, while Ray comes up."""
+
+    def compile_kernels() -> None:
+        with suppress(UnavailableError):  # the replica says so
+            build_library()
+
+    threading.Thread(target=compile_kernels, name="shoal-compile", daemon=True).start()
 
 
 def with_secret(config: ShoalConfig) -> ShoalConfig:

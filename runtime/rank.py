@@ -32,10 +32,12 @@ from .memory import MemoryPlan, free_bytes, plan_memory
 from .models.decoder import Decoder
 from .models.spec import ModelSpec
 from .plan import StepPlan, StepResult
+from .quantised import unquantised
 from .runner import EagerRunner, Runner
 from .sampler import Sampler
 from .share import Share, deal
 from .upload import select_upload
+from .weights import bytes_a_weight
 from .worker import Drawn, DrawnAndReturned, Entry, Exit, Known, ModelWorker, Received, Returned, Sent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -121,9 +123,13 @@ def build_worker(
     dtype = DTYPES[config.dtype]
     max_model_len = config.max_model_len or share.spec.max_len
     free = free_bytes(ops.device, config.gpu_memory_utilization, ranks_on_node=ranks_on_node)
-    plan = partial(plan_memory, share, config, max_model_len=max_model_len, dtype=dtype)
-    memory = plan(free=free) if share.place.rank else plan_beside_draft(rank_spec, plan, free)
     checkpoint = open_checkpoint(Path(rank_spec.model_path))
+
+    def planned(weight_bytes: int) -> MemoryPlan:
+        plan = partial(plan_memory, share, config, max_model_len=max_model_len, dtype=dtype, weight_bytes=weight_bytes)
+        return plan(free=free) if share.place.rank else plan_beside_draft(rank_spec, plan, free)
+
+    memory = planned(int(share.num_weights() * bytes_a_weight(unquantised(checkpoint), ops, dtype)))
     with torch.inference_mode(), _one_thread():
         decoder = load_decoder(
             checkpoint,
@@ -135,6 +141,8 @@ def build_worker(
             layers=share.layers,
             station=station,
         )
+        if decoder.weight_bytes > memory.weight_bytes:  # norms; codes that no kernel takes after all
+            memory = planned(decoder.weight_bytes)
         cache = kv.allocate(
             share,
             num_blocks=memory.num_blocks,

@@ -21,6 +21,23 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 24  # weights that are converted at once: bounds the memory beside the result
 
+BITS = {Kind.INT4: 5, Kind.INT8: 9, Kind.FLOAT8: 9}
+"""Of a weight that stays as codes, scales and zeros of groups of 32 included."""
+
+
+def bytes_a_weight(checkpoint: Checkpoint, ops: Ops, dtype: torch.dtype) -> float:
+    """What a weight of the checkpoint's matrices will take here, on average: for a plan, before anything is read."""
+    kinds = select_kernels(ops.device, dtype, deterministic=ops.deterministic).kinds
+    num_weights, bits = 0, 0
+    for name in checkpoint.names():
+        shape = checkpoint.shape(name)
+        if len(shape) == 2:
+            form = checkpoint.form(name)
+            kind = None if form is None else form.kind
+            num_weights += shape[0] * shape[1]
+            bits += shape[0] * shape[1] * (8 * dtype.itemsize if kind is None or kind not in kinds else BITS[kind])
+    return bits / 8 / num_weights if num_weights else dtype.itemsize
+
 
 class WeightReader:
     """One rank's view of a checkpoint: names completed, shapes checked, fused, converted and on the device."""

@@ -357,7 +357,7 @@ def use_compiler(home: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> No
 
 
 def test_processes_that_start_together_compile_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_compiler(home, monkeypatch, f'echo run >> {home}/runs; sleep 0.2; echo library > "$last"')
+    use_compiler(home, monkeypatch, f'echo "$last" >> {home}/runs; sleep 0.2; echo library > "$last"')
     built: list[Path] = []
     threads = [threading.Thread(target=lambda: built.append(native_build.build_library())) for _ in range(4)]
     for thread in threads:
@@ -366,7 +366,10 @@ def test_processes_that_start_together_compile_once(home: Path, monkeypatch: pyt
         thread.join()
     assert len(built) == 4
     assert {path.read_text() for path in built} == {"library\n"}
-    assert (home / "runs").read_text() == "run\n"
+    made = [Path(line).name for line in (home / "runs").read_text().splitlines()]
+    sources = [source.with_suffix(".o").name for source in native_build.SOURCES.glob("*.cpp")]
+    assert sorted(made[:-1]) == sorted(sources), "each source once, and then"
+    assert made[-1] == built[0].name
     assert sorted(path.suffix for path in built[0].parent.iterdir()) == ["", ".so"]  # the lock and the library
 
 

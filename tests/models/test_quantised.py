@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shoal.kernels.native import load_native
+from shoal.kernels.select import select_ops
 from shoal.parallel.gpu import GpuKernels
 from shoal.parallel.threads import thread_comms
 from shoal.runtime.errors import CheckpointError
-from shoal.runtime.safetensors_checkpoint import SINGLE
+from shoal.runtime.quantised import unquantised
+from shoal.runtime.safetensors_checkpoint import SINGLE, SafetensorsCheckpoint
+from shoal.runtime.weights import bytes_a_weight
 
 from .quantised_writers import FORMATS, Format, awq, fp8_blocks, gptq, int_quantized, nf4, pack_quantized, write
 from .support import PagedRun, prompts_of
@@ -78,6 +81,25 @@ def test_logits_from_codes_in_bfloat16(quantised, name, caplog):
     num_weights = sum(p.numel() for n, p in made.model.named_parameters() if "_proj" in n)
     held = decoder.weight_bytes - ENDS
     assert held == 2 * num_weights if warnings else held < (0.9 if is_4_bits(name) else 1.2) * num_weights
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "most"),
+    [
+        ("awq, groups of 128", torch.bfloat16, 5 / 8),
+        ("int-quantized", torch.bfloat16, 9 / 8),
+        ("nf4, nested", torch.bfloat16, 2),
+        ("awq, groups of 128", torch.float32, 4),
+    ],
+)
+def test_memory_is_planned_for_what_stays_packed(quantised, name, dtype, most):
+    if dtype is torch.bfloat16 and load_native() is None:
+        pytest.skip("needs a compiler")
+    made = quantised(FORMATS[name])
+    checkpoint = unquantised(SafetensorsCheckpoint(made.folder))
+    layer, ends = 4 * 128 * 128 - 2 * 64 * 128 + 3 * 256 * 128, 2 * 96 * 128
+    expected = (layer * most + ends * dtype.itemsize) / (layer + ends)
+    assert bytes_a_weight(checkpoint, select_ops(torch.device("cpu")), dtype) == pytest.approx(expected)
 
 
 CUT = [
