@@ -332,7 +332,7 @@ def with_group(**changes):
     ],
 )
 def test_configs_that_are_not_the_tensors(quantised, format, config, said):
-    made = quantised(format)
+    made = quantised(format, only=lambda name: "q_proj" in name)  # one matrix: whichever is read first is refused
     path = made.folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
     assert said in refused(made)
