@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..runtime.errors import ConfigError
-from .bench_report import table_lines, write_json
+from .bench_report import write_json
 from .offline import Overrides, engine_config
+from .table import table_lines
 
 if TYPE_CHECKING:
     from ..runtime.build import Replica

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import msgspec
 
 from ..runtime.errors import ConfigError
-from .bench_report import table_lines, write_json
+from .bench_report import write_json
+from .table import table_lines
 
 if TYPE_CHECKING:
     import torch

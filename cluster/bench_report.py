@@ -18,6 +18,7 @@ import msgspec
 
 from ..runtime.errors import ConfigError
 from .bench_ask import Record
+from .table import table_lines
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99, 99.9)
 LAG_LIMIT_MS = 20.0
@@ -268,17 +269,6 @@ def sweep_lines(summaries: Sequence[Summary]) -> list[str]:
         for run in summaries
     ]
     return table_lines(head, rows)
-
-
-def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, all others to the right."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in (head, *rows)
-    ]
 
 
 def record_row(record: Record) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from typing import IO, Any
 import msgspec
 
 from ..runtime.errors import EngineError
-from .bench_report import table_lines, write_json
+from .bench_report import write_json
 from .client import Client
 from .config import ShoalConfig, flag_of, load_config
 from .offline import Overrides
 from .preflight import free_port
 from .progress import Progress
 from .serve import local_host, status_of, url_of
+from .table import table_lines
 
 POLL_S = 0.02
 SPARE_S = 60.0  # beyond the server's own limits

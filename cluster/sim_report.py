@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from .sim_world import Outcome
+from .table import table_lines
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -110,12 +111,5 @@ _FAULT_LINES: tuple[tuple[str, Callable[[Report], str]], ...] = (
 def table(reports: Sequence[Report]) -> str:
     """A line a figure, a column a balancer."""
     lines = _LINES + (_FAULT_LINES if any(report.kills for report in reports) else ())
-    rows = [("", *(report.balancer for report in reports))]
-    rows += [(name, *(cell(report) for report in reports)) for name, cell in lines]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
+    rows = [(name, *(cell(report) for report in reports)) for name, cell in lines]
+    return "\n".join(table_lines(("", *(report.balancer for report in reports)), rows))

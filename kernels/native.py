@@ -170,7 +170,7 @@ class Native:
         self._norm[x.dtype](out.data_ptr(), x.data_ptr(), residual, weight_D.data_ptr(), eps, shape)
 
     def rope(self, q_THE: Tensor, k_TKE: Tensor, positions_T: Tensor, cos_sin_MC: Tensor) -> None:
-        """`Ops.rope` of pairs (i, i + C/2), C a multiple of 32; positions int64, q and k of one dtype."""
+        """`ReferenceOps.rope` of pairs (i, i + C/2), C a multiple of 32; positions int64, q and k of one dtype."""
         heads = (q_THE.shape[1], k_TKE.shape[1], cos_sin_MC.shape[1])
         shape = (c_long * 8)(q_THE.shape[0], *heads, *q_THE.stride()[:2], *k_TKE.stride()[:2])
         self._rope[q_THE.dtype](

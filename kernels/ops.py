@@ -65,7 +65,11 @@ class HeadNorms(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """A rotary embedding, as `Ops.rope` takes it."""
+    """Of the first C dims of every head, as pairs in the plane (rotary embedding, arXiv:2104.09864).
+
+    cos_sin_MC: [positions, C] float32, C/2 cosines then C/2 sines. Pairs are (i, i + C/2), or (2i, 2i + 1) if
+    `interleaved`.
+    """
 
     cos_sin_MC: Tensor
     interleaved: bool
@@ -175,14 +179,6 @@ class Ops(Protocol):
         """`residual += x` in place (residual is float32), then the layer norm of the sum in x's dtype."""
         ...
 
-    def rope(self, q_THE: Tensor, k_TKE: Tensor, positions_T: Tensor, cos_sin_MC: Tensor, *, interleaved: bool) -> None:
-        """Rotate the first C dims of every head of q and k, in place (rotary embedding, arXiv:2104.09864).
-
-        cos_sin_MC: [positions, C] float32, C/2 cosines then C/2 sines. Pairs are (i, i + C/2), or (2i, 2i + 1) if
-        `interleaved`. q and k may be strided views (of a fused QKV output) with the last dim contiguous.
-        """
-        ...
-
     def gated_activation(self, gate_up_T2F: Tensor, activation: Activation) -> Tensor:
         """`act(gate) * up` where gate is the first F columns and up the last: [T, F]."""
         ...
@@ -205,7 +201,8 @@ class Ops(Protocol):
         """Normalise, rotate and store a fused projection's heads at once; returns queries [T, H, E] for `attention`.
 
         qkv_TNE: H query heads, K key heads, K value heads, the last dim contiguous; may be overwritten. Means the same
-        as `rms_norm` of each head, `rope` and `write_kv` one after the other, but may round once where they do twice.
+        as `rms_norm` of each head, the rotation and `write_kv` one after the other, but may round once where they do
+        twice.
         """
         ...
 

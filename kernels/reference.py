@@ -53,6 +53,10 @@ class ReferenceOps:
     # Rotary embedding
 
     def rope(self, q_THE: Tensor, k_TKE: Tensor, positions_T: Tensor, cos_sin_MC: Tensor, *, interleaved: bool) -> None:
+        """Rotate the first C dims of every head of q and k, in place (rotary embedding, arXiv:2104.09864).
+
+        cos_sin_MC: see `Rotation`. q and k may be strided views (of a fused QKV output) with the last dim contiguous.
+        """
         dims = cos_sin_MC.shape[1]
         cos_T1c, sin_T1c = cos_sin_MC[positions_T.long()].float()[:, None, :].chunk(2, dim=-1)
         for x in (q_THE, k_TKE):

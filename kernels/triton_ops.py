@@ -15,7 +15,6 @@ from .matmul import matmul
 from .norm import norm
 from .ops import Activation, AttentionBatch, AttentionSpec, Draw, HeadSpec, KVLayer, Logprobs, SamplingBatch
 from .prefill_attention import prefill_attention
-from .rotary import rope
 from .rotate_and_store import rotate_and_store
 from .sampling import chosen_logprobs, draw, sample
 
@@ -54,9 +53,6 @@ class TritonOps:
         self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float
     ) -> Tensor:
         return norm(x_TD, weight_D, bias_D, residual=residual_TD, eps=eps, centred=True)
-
-    def rope(self, q_THE: Tensor, k_TKE: Tensor, positions_T: Tensor, cos_sin_MC: Tensor, *, interleaved: bool) -> None:
-        rope(q_THE, k_TKE, positions_T, cos_sin_MC, interleaved=interleaved)
 
     def gated_activation(self, gate_up_T2F: Tensor, activation: Activation) -> Tensor:
         return activate(gate_up_T2F, activation, gated=True)

@@ -18,6 +18,7 @@ from .hub import resolve_model
 from .loader import load_decoder
 from .memory import GIB, workspace_bytes
 from .models.spec import ModelSpec
+from .models.spec_cache import remembered_spec
 from .propose_model import DraftModel
 from .propose_ngram import NgramProposer
 from .rank import DTYPES, open_checkpoint
@@ -58,7 +59,7 @@ def plan_draft(config: EngineConfig, spec: ModelSpec) -> DraftPlan | None:
     if name is None or name == NGRAM:
         return None
     path = resolve_model(name)
-    draft = ModelSpec.from_config(open_checkpoint(path).config)
+    draft = remembered_spec(open_checkpoint(path).config)
     max_model_len = config.max_model_len or spec.max_len
     if draft.vocab_size != spec.vocab_size:
         raise ConfigError(

@@ -32,7 +32,6 @@ from .models.pieces import Piece, down_pieces, out_pieces, qkv_pieces, up_pieces
 from .models.rope import cos_sin_table
 from .models.spec import LayerSpec, MLPSpec, ModelSpec, NormKind, QKNorm, RopeSpec
 from .progress import Progress
-from .quantised import unquantised
 from .weights import WeightReader
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def load_decoder(
     """
     comm = SoloComm() if comm is None else comm
     layers = range(spec.num_layers) if layers is None else layers
-    reader = WeightReader(unquantised(checkpoint), spec.names, ops=ops, dtype=dtype)
+    reader = WeightReader(checkpoint, spec.names, ops=ops, dtype=dtype)
     builder = _Builder(spec, ops=ops, comm=comm, reader=reader, max_len=max_len or spec.max_len)
     with Progress(
         "Loading weights", total=len(layers) + 1, unit="parts", show=show_progress and comm.shard == 0

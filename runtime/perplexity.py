@@ -15,7 +15,6 @@ from .errors import ConfigError
 from .layerwise import AsDense, LayerwiseRun, cut_text
 from .models.spec import ModelSpec
 from .progress import Progress
-from .quantised import unquantised
 from .rank import open_checkpoint
 from .tokenizer import Tokenizer
 from .tokenizer_files import load_tokenizer
@@ -80,7 +79,7 @@ def compare(path: Path, other: Path, text: str, *, device: torch.device) -> Comp
     Raises:
         ConfigError: their vocabularies differ, or the model has no tokenizer. CheckpointError: one cannot be read.
     """
-    checkpoints = [AsDense(unquantised(open_checkpoint(place))) for place in dict.fromkeys((path, other))]
+    checkpoints = [AsDense(open_checkpoint(place)) for place in dict.fromkeys((path, other))]
     specs = [ModelSpec.from_config(checkpoint.config) for checkpoint in checkpoints]
     sizes = {(spec.vocab_size, spec.num_layers) for spec in specs}
     if len(sizes) > 1:

@@ -19,7 +19,6 @@ from .layerwise import QUANTISED, AsDense, LayerwiseRun, cut_text
 from .models.spec import ModelSpec
 from .perplexity import need_tokenizer
 from .progress import Progress
-from .quantised import unquantised
 from .quantize_files import new_folder, write_companions
 from .quantize_format import FORMATS, GROUPS, Format, select_format
 from .quantize_layer import Original, QuantisedLayer, quantise_layer
@@ -35,8 +34,9 @@ SMALL = 1024  # columns: with fewer, coarse groups cost too much
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What to make. group_size, symmetric: of "int4"; None: the largest size that fits (small models:
-    32), and with zero points.
+    """What to make.
+
+    group_size, symmetric: of "int4"; None: the largest size that fits (small models: 32), and with zero points.
 
     ignore: modules to leave dense, by name or as `re:` and an expression that matches a name's beginning. The
     embedding and the head are always left so.
@@ -91,11 +91,10 @@ class _Job:
     def __init__(self, model: Path, recipe: Recipe, device: torch.device) -> None:
         if recipe.format not in FORMATS:
             raise ConfigError(f"--format {recipe.format!r}: use one of {', '.join(FORMATS)}")
-        stored = open_checkpoint(model)
         self._model = model
         self._device = device
-        self._source = unquantised(stored)
-        self.spec = ModelSpec.from_config(stored.config)
+        self._source = open_checkpoint(model)
+        self.spec = ModelSpec.from_config(self._source.config)
         if self.spec.names.transposed:
             raise ConfigError(f"a {self.spec.family} model keeps its matrices transposed, for which no format is made")
         self._names = self._source.names()
@@ -107,7 +106,7 @@ class _Job:
         self._dense = frozenset(module for module in modules if _matches(recipe.ignore, module))
         self._quantised = [module for module in modules if module not in self._dense]
         self._format = self._select(recipe)
-        _refuse_same(stored.config, self._format)
+        _refuse_same(self._source.config, self._format)
         self.report = Report(
             recipe.format,
             self._format.layout,

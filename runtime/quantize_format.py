@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantize_search import Codes, Float8Grid, Grid, SymmetricGrid, ZeroPointGrid
+from .quantize_search import Float8Grid, Grid, Rounded, SymmetricGrid, ZeroPointGrid
 
 FORMATS = {
     "int8": "8-bit weights, 16-bit activations",
@@ -32,7 +32,7 @@ class Format:
     layout: str
     grid: Grid
     bits: int
-    store: Callable[[Codes], dict[str, Tensor]]
+    store: Callable[[Rounded], dict[str, Tensor]]
     """The tensors of a linear layer, by what follows the module's name."""
     weights: dict[str, Any]
     activations: dict[str, Any] | None = None
@@ -95,11 +95,11 @@ def _arguments(kind: str, bits: int, *, strategy: str) -> dict[str, Any]:
     }
 
 
-def _plain(codes: Codes) -> dict[str, Tensor]:
+def _plain(codes: Rounded) -> dict[str, Tensor]:
     return {"weight": codes.codes_FD, "weight_scale": codes.scale_FG}
 
 
-def _packed(codes: Codes, *, bits: int) -> dict[str, Tensor]:
+def _packed(codes: Rounded, *, bits: int) -> dict[str, Tensor]:
     stored = {
         "weight_packed": pack_words(codes.codes_FD, bits),
         "weight_scale": codes.scale_FG,

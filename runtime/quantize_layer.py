@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .quantize_parts import Part, Source
-from .quantize_search import Codes, Grid, Moments, refine, round_compensated, search_scale
+from .quantize_search import Grid, Moments, Rounded, refine, round_compensated, search_scale
 
 Read = Callable[[str], Tensor]
 """A tensor of the original by name."""
@@ -18,7 +18,7 @@ class QuantisedLayer:
     """codes: by module. changed: dense tensors by name that took factors in. unscaled: why, for each part that did not
     have its inputs scaled."""
 
-    codes: dict[str, Codes] = field(default_factory=dict)
+    codes: dict[str, Rounded] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     unscaled: list[str] = field(default_factory=list)
 
@@ -139,4 +139,4 @@ class _Layer:
         for module, codes, scale, zero in zip(
             modules, whole.codes_FD.split_with_sizes(sizes), whole.scale_FG.split_with_sizes(sizes), zeros, strict=True
         ):
-            self.done.codes[module] = Codes(codes, scale, zero)
+            self.done.codes[module] = Rounded(codes, scale, zero)

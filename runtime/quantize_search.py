@@ -23,7 +23,7 @@ DAMPING = 1e-3  # of G's mean diagonal, added to it: inputs that the text never 
 FP8_MAX = 448.0  # of e4m3
 
 
-class Codes(NamedTuple):
+class Rounded(NamedTuple):
     """A quantised matrix: `w = (code - zero) * scale`, with a scale for each row and group of columns.
 
     codes_FD: int8 (4-bit codes are -8 to 7) or float8_e4m3fn. scale_FG: as it is stored. zero_FG: int8; None: all 0.
@@ -151,12 +151,12 @@ def grouped(weight_FD: Tensor, grid: Grid) -> Tensor:
     return weight_FD.reshape(len(weight_FD), -1, grid.group or weight_FD.shape[1])
 
 
-def round_nearest(weight_FD: Tensor, grid: Grid, limit_FG: Tensor | None = None) -> Codes:
+def round_nearest(weight_FD: Tensor, grid: Grid, limit_FG: Tensor | None = None) -> Rounded:
     """The nearest codes of a float32 matrix."""
     weight_FGg = grouped(weight_FD, grid)
     scale_FG, zero_FG = grid.measure(weight_FGg, limit_FG)
     zero_FG1 = None if zero_FG is None else zero_FG[..., None]
-    return Codes(grid.encode(weight_FGg, scale_FG[..., None], zero_FG1).flatten(1), scale_FG, zero_FG)
+    return Rounded(grid.encode(weight_FGg, scale_FG[..., None], zero_FG1).flatten(1), scale_FG, zero_FG)
 
 
 def search_limits(weight_FD: Tensor, gram_DD: Tensor, grid: Grid, limits: Sequence[float] = LIMITS) -> Tensor:
@@ -197,8 +197,8 @@ def search_scale(weights: Sequence[Tensor], magnitude_D: Tensor, gram_DD: Tensor
     return best_D
 
 
-def round_compensated(weight_FD: Tensor, gram_DD: Tensor, grid: Grid) -> Codes:
-    """Codes chosen column by column, each column's error made up for by those to its right.
+def round_compensated(weight_FD: Tensor, gram_DD: Tensor, grid: Grid) -> Rounded:
+    """Rounded chosen column by column, each column's error made up for by those to its right.
 
     GPTQ (Frantar et al., arXiv:2210.17323): with `G^-1 = U^T U`, a column's error over U's diagonal times U's row is
     what the others have to take on. Groups are measured, and clipped, when their turn comes; whole rows at once.
@@ -220,7 +220,7 @@ def round_compensated(weight_FD: Tensor, gram_DD: Tensor, grid: Grid) -> Codes:
     if whole is not None:
         scales, zeros = scales[:1], zeros[:1]
     found = [zero_F1 for zero_F1 in zeros if zero_F1 is not None]
-    return Codes(_joined(codes), torch.cat(scales, 1), torch.cat(found, 1) if found else None)
+    return Rounded(_joined(codes), torch.cat(scales, 1), torch.cat(found, 1) if found else None)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -241,21 +241,21 @@ def _inverse_root(gram_DD: Tensor) -> Tensor:
 def _round_block(
     weight_Fg: Tensor, upper_gg: Tensor, scale_F1: Tensor, zero_F1: Tensor | None, *, grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """Codes [F, g], and each column's error over U's diagonal [F, g]. Overwrites the weights."""
+    """Rounded [F, g], and each column's error over U's diagonal [F, g]. Overwrites the weights."""
     # By columns in memory: one is written at a time, and all to its right.
     left_gF = weight_Fg.T.contiguous()
     codes_gF, errors_gF = [], torch.empty_like(left_gF)
     for index, column_F in enumerate(left_gF):
         codes_F1 = grid.encode(column_F[:, None], scale_F1, zero_F1)
-        rounded_F = Codes(codes_F1, scale_F1, zero_F1).dense()[:, 0]
+        rounded_F = Rounded(codes_F1, scale_F1, zero_F1).dense()[:, 0]
         errors_gF[index] = (column_F - rounded_F) / upper_gg[index, index]
         left_gF[index + 1 :].addr_(upper_gg[index, index + 1 :], errors_gF[index], alpha=-1)
         codes_gF.append(codes_F1)
     return _joined(codes_gF), errors_gF.T
 
 
-def refine(weight_FD: Tensor, codes: Codes, gram_DD: Tensor, grid: Grid) -> Codes:
-    """Codes that err less on the layer's outputs under the same scales: each column in turn takes its best, given all
+def refine(weight_FD: Tensor, codes: Rounded, gram_DD: Tensor, grid: Grid) -> Rounded:
+    """Rounded that err less on the layer's outputs under the same scales: each column in turn takes its best, given all
     the others. Coordinate descent, as in QuantEase (arXiv:2309.01885).
     """
     new_FD = codes.codes_FD.clone()
@@ -266,21 +266,21 @@ def refine(weight_FD: Tensor, codes: Codes, gram_DD: Tensor, grid: Grid) -> Code
         part = slice(start, min(start + step, weight_FD.shape[1]))
         group = slice(start // width, start // width + 1)
         scale_F1, zero_F1 = codes.scale_FG[:, group], None if codes.zero_FG is None else codes.zero_FG[:, group]
-        old = Codes(new_FD[:, part], scale_F1, zero_F1)
+        old = Rounded(new_FD[:, part], scale_F1, zero_F1)
         found, change_Fg = _descend(old, pull_FD[:, part], gram_DD[part, part], grid)
         new_FD[:, part] = found
         pull_FD += change_Fg @ gram_DD[part]
     return codes._replace(codes_FD=new_FD)
 
 
-def _descend(old: Codes, pull_Fg: Tensor, gram_gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _descend(old: Rounded, pull_Fg: Tensor, gram_gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The block's new codes, and by how much each weight changed: both [F, g]."""
     old_gF, pull_gF = old.dense().T.contiguous(), pull_Fg.T.contiguous()
     codes_gF, changes_gF = [], torch.empty_like(old_gF)
     for index, column_F in enumerate(old_gF):
         best_F = column_F - pull_gF[index] / gram_gg[index, index].clamp(min=1e-20)
         codes_F1 = grid.encode(best_F[:, None], old.scale_FG, old.zero_FG)
-        changes_gF[index] = Codes(codes_F1, old.scale_FG, old.zero_FG).dense()[:, 0] - column_F
+        changes_gF[index] = Rounded(codes_F1, old.scale_FG, old.zero_FG).dense()[:, 0] - column_F
         pull_gF.addr_(gram_gg[index], changes_gF[index])
         codes_gF.append(codes_F1)
     return _joined(codes_gF), changes_gF.T

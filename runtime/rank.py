@@ -129,7 +129,7 @@ def build_worker(
         plan = partial(plan_memory, share, config, max_model_len=max_model_len, dtype=dtype, weight_bytes=weight_bytes)
         return plan(free=free) if share.place.rank else plan_beside_draft(rank_spec, plan, free)
 
-    memory = planned(int(share.num_weights() * bytes_a_weight(unquantised(checkpoint), ops, dtype)))
+    memory = planned(int(share.num_weights() * bytes_a_weight(checkpoint, ops, dtype)))
     with torch.inference_mode(), _one_thread():
         decoder = load_decoder(
             checkpoint,
@@ -258,11 +258,14 @@ def _one_thread() -> Iterator[None]:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The folder's safetensors or the .gguf file."""
+    """The folder's safetensors or the .gguf file, each matrix under its plain name, whatever it is stored as.
+
+    Raises: CheckpointError.
+    """
     if path.suffix == ".gguf":
         from .gguf import GGUFCheckpoint
 
         return GGUFCheckpoint(path)
     from .safetensors_checkpoint import SafetensorsCheckpoint
 
-    return SafetensorsCheckpoint(path)
+    return unquantised(SafetensorsCheckpoint(path))

@@ -97,8 +97,6 @@ def elementwise(dtype: torch.dtype) -> None:
     ops.add_rms_norm(x, x, weight, eps=1e-5)
     ops.layer_norm(x, weight, None, eps=1e-5)
     ops.add_layer_norm(x, x, weight, weight, eps=1e-5)
-    for interleaved in (False, True):
-        ops.rope(q, k, torch.zeros(4, dtype=torch.int64), torch.zeros(9, 128), interleaved=interleaved)
     for activation in Activation:
         ops.gated_activation(x, activation)
         ops.activation(x, activation)

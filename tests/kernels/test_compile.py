@@ -12,7 +12,6 @@ SHARED_MEMORY = {90: 227 * 1024, 80: 163 * 1024}  # a block's most
 KERNELS = {
     "_matmul_kernel",
     "_norm_kernel",
-    "_rope_kernel",
     "_rotate_and_store_kernel",
     "_activation_kernel",
     "_write_kv_kernel",

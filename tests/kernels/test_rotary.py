@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shoal.kernels.ops import HeadSpec, KVLayer, Rotation
 from shoal.kernels.reference import ReferenceOps
 from shoal.kernels.triton_ops import TritonOps
 
@@ -23,24 +24,20 @@ def test_rope(
     shape: tuple[int, int, int, int],
 ) -> None:
     heads, kv_heads, dim, rotated = shape
-    ours = torch.randn(6, heads + 2 * kv_heads, dim, dtype=dtype, device=ops.device)
-    theirs = ours.clone()
+    qkv = torch.randn(6, heads + 2 * kv_heads, dim, dtype=dtype, device=ops.device)
     positions = torch.tensor([0, 1, 2, 40, 63, 7], device=ops.device)
-    table = cos_sin_table(rotated, ops.device)
-    for implementation, qkv in ((ops, ours), (reference, theirs)):
-        q, k, _ = qkv.split([heads, kv_heads, kv_heads], dim=1)  # views, as the model passes them
-        implementation.rope(q, k, positions, table, interleaved=interleaved)
+    turn = HeadSpec(heads, kv_heads, None, Rotation(cos_sin_table(rotated, ops.device), interleaved))
+    found = []
+    for implementation in (ops, reference):
+        k, v = torch.zeros(2, 1, kv_heads, 16, dim, dtype=dtype, device=ops.device)
+        slots = torch.arange(6, device=ops.device)
+        q = implementation.rotate_and_store(qkv.clone(), KVLayer(k, v), turn, positions_T=positions, slots_T=slots)
+        found.append(torch.cat([q, k[0, :, :6].transpose(0, 1), v[0, :, :6].transpose(0, 1)], dim=1))
+    ours, theirs = found
     tolerance = 1e-6 if dtype == torch.float32 else 1.6e-2
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     assert torch.equal(ours[..., rotated:], theirs[..., rotated:])
     assert torch.equal(ours[:, heads + kv_heads :], theirs[:, heads + kv_heads :])
-
-
-def test_rope_of_no_tokens(ops: TritonOps, device: torch.device) -> None:
-    empty = torch.empty(0, 2, 64, device=device)
-    ops.rope(
-        empty, empty, torch.empty(0, dtype=torch.int64, device=device), cos_sin_table(64, device), interleaved=False
-    )
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from shoal.kernels.ops import AttentionBatch, KVLayer
 from shoal.kernels.reference import ReferenceOps
+from shoal.runtime.checkpoint import Checkpoint
 from shoal.runtime.loader import load_decoder
 from shoal.runtime.models.decoder import Decoder
 from shoal.runtime.models.spec import ModelSpec
-from shoal.runtime.safetensors_checkpoint import SafetensorsCheckpoint
+from shoal.runtime.rank import open_checkpoint
 
 PAGE = 4
 NUM_PAGES = 64
@@ -50,8 +51,8 @@ class Tiny:
     model: Any
     folder: Path
 
-    def checkpoint(self) -> SafetensorsCheckpoint:
-        return SafetensorsCheckpoint(self.folder)
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.folder)
 
     def decoder(self, *, max_len: int | None = None, **options: Any) -> Decoder:
         checkpoint = self.checkpoint()
