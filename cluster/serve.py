@@ -312,7 +312,10 @@ def _stop_serve() -> None:
 
 
 def _within(timeout_s: float, step: Callable[..., None], *args: float) -> None:
-    """Run a step of the shutdown; if it fails or hangs the next one comes all the same."""
+    """Run a step of the shutdown; if it fails or hangs the next one comes all the same.
+
+    Also if Ray's daemons are gone, as after a signal to the whole process group: then nobody will ever answer.
+    """
 
     def attempt() -> None:
         with suppress(Exception):
@@ -320,7 +323,16 @@ def _within(timeout_s: float, step: Callable[..., None], *args: float) -> None:
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
-    thread.join(timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while thread.is_alive() and time.monotonic() < deadline and has_daemons():
+        thread.join(POLL_S)
+
+
+def has_daemons() -> bool:
+    """Whether the Ray that we have started is all there."""
+    from ray._private.worker import _global_node
+
+    return _global_node is not None and not _global_node.dead_processes()
 
 
 def announce(config: ShoalConfig, url: str) -> None:

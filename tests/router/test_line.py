@@ -28,6 +28,7 @@ from shoal.runtime.stats import Stats
 SECRET = b"s" * 32
 INFO = ModelInfo(model="tiny", max_model_len=512, vocab_size=260)
 QUICK = LineLimits(handshake_s=0.5, beat_s=0.05, silence_s=0.6, max_frame=2**20)
+PATIENT = msgspec.structs.replace(QUICK, silence_s=20.0)  # where silence is not the point: a loaded machine pauses, too
 CUT = b""
 
 
@@ -92,7 +93,7 @@ class Line:
 
 
 @asynccontextmanager
-async def connected(limits: LineLimits = QUICK) -> AsyncIterator[Line]:
+async def connected(limits: LineLimits = PATIENT) -> AsyncIterator[Line]:
     line = Line(limits)
     await line.serve()
     line.backend.start()
@@ -236,7 +237,7 @@ def test_a_wrong_secret_is_refused(run: Run) -> None:
             raw.writer.write(b"")
             with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                 await raw.prove(b"t" * 32)
-            stranger = LineBackend(line.find, secret=b"t" * 32, limits=QUICK)
+            stranger = LineBackend(line.find, secret=b"t" * 32, limits=PATIENT)
             stranger.start()
             await asyncio.sleep(0.3)
             with pytest.raises(e.Unavailable, match="no replica is connected"):
@@ -261,7 +262,7 @@ def test_a_crowd_of_strangers_keeps_nobody_out(run: Run) -> None:
         async with connected(msgspec.structs.replace(QUICK, handshake_s=20.0)) as line:
             crowd = [await Raw.connect(line.port) for _ in range(MAX_STRANGERS + 10)]
             await asyncio.wait_for(crowd[0].rest(), 5)
-            late = LineBackend(line.find, secret=SECRET, limits=QUICK)
+            late = LineBackend(line.find, secret=SECRET, limits=PATIENT)
             late.start()
             await until(late.replicas)
             await late.close()
@@ -365,7 +366,7 @@ def test_what_is_too_large_fails_alone(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "limits", [QUICK, msgspec.structs.replace(QUICK, silence_s=20.0, max_backlog=10**6)], ids=["silence", "backlog"]
+    "limits", [QUICK, msgspec.structs.replace(PATIENT, max_backlog=10**6)], ids=["silence", "backlog"]
 )
 def test_a_peer_that_reads_nothing_holds_up_nobody_and_is_cut(run: Run, limits: LineLimits) -> None:
     async def scenario() -> None:
@@ -429,7 +430,7 @@ def test_nothing_new_goes_to_one_that_leaves(run: Run) -> None:
     """Not even where the others are in trouble: they queue what comes, it refuses."""
 
     async def scenario() -> None:
-        line = Line(QUICK)
+        line = Line(PATIENT)
         await line.serve("r1")
         found = line.found
         await line.serve("r2")
@@ -475,7 +476,7 @@ def test_unavailable_without_a_replica(run: Run) -> None:
 
 def test_a_machine_that_stood_still_loses_no_replica(run: Run) -> None:
     async def scenario() -> None:
-        async with connected() as line:
+        async with connected(QUICK) as line:
             line.found = []  # lost is lost
             await asyncio.sleep(0.1)
             time.sleep(QUICK.silence_s + 0.3)
@@ -525,7 +526,7 @@ def child(replica: str) -> Iterator[tuple[subprocess.Popen[str], Address]]:
 
 def test_a_killed_replica_is_lost_at_once_and_its_successor_found(run: Run) -> None:
     async def scenario() -> None:
-        line = Line(msgspec.structs.replace(QUICK, silence_s=20.0))
+        line = Line(PATIENT)
         with child("r1") as (process, address), child("r2") as (_, successor):
             line.found = [address]
             line.backend.start()
