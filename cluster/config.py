@@ -21,8 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..router.config import RouterConfig
 from ..router.redis_url import parse_redis_url
+from ..router.rollout_config import RolloutConfig
 from ..runtime.config import EngineConfig
 from ..runtime.errors import ConfigError
+from .autoscale_config import AutoscalingConfig
+from .parts import ModelConfig, VariantConfig
 
 EMBEDDED, NO_REDIS = "embedded", "none"  # values of redis_url that are no URL
 
@@ -62,6 +65,12 @@ class ShoalConfig(BaseModel):
     engine: EngineConfig
     router: RouterConfig
     server: ServerConfig
+    autoscaling: AutoscalingConfig | None = Field(None, description="How many replicas; without it: server.replicas.")
+    variants: tuple[VariantConfig, ...] = Field((), description="Other versions of the model, beside it.")
+    models: tuple[ModelConfig, ...] = Field((), description="Further models, each asked for by its own name.")
+    rollout: RolloutConfig = Field(
+        default_factory=RolloutConfig, description="Which variant answers; changes in place."
+    )
 
 
 REPEATED = {"api_keys": "--api-key"}  # given once for each
@@ -79,7 +88,7 @@ def load_config(overrides: Overrides, *, file: Path | None = None) -> ShoalConfi
     tree = _read(file) if file else {}
     for complaint in _unknown_keys(tree, ShoalConfig, ()):
         raise ConfigError(f"{file}: {complaint}")
-    tree = {section: dict(tree.get(section) or {}) for section in ShoalConfig.model_fields}
+    tree = {**tree, **{section: dict(tree.get(section) or {}) for section in ("engine", "router", "server")}}
     for (section, name), value in overrides.items():
         tree[section][name] = value
     model = tree["engine"].get("model")
