@@ -38,7 +38,7 @@ class RolloutConfig(BaseModel):
         default_factory=dict, description="Variant to its share of the requests; without any, stable takes all."
     )
     sticky_by: Literal["none", "user", "session"] = Field(
-        "session",
+        default="session",
         description="Requests of one session (the header X-Shoal-Session, else the body's `user`), or of one `user`, "
         "go to one variant while the weights stay.",
     )
@@ -46,4 +46,4 @@ class RolloutConfig(BaseModel):
         default_factory=dict,
         description="Variant to the share of requests that is copied to it; what it answers is compared and dropped.",
     )
-    rollback: RollbackConfig | None = Field(None, description="Bounds that take a variant's share; without: never.")
+    rollback: RollbackConfig | None = Field(default=None, description="Bounds that take a variant's share; without: never.")
