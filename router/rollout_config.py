@@ -46,4 +46,6 @@ class RolloutConfig(BaseModel):
         default_factory=dict,
         description="Variant to the share of requests that is copied to it; what it answers is compared and dropped.",
     )
-    rollback: RollbackConfig | None = Field(default=None, description="Bounds that take a variant's share; without: never.")
+    rollback: RollbackConfig | None = Field(
+        default=None, description="Bounds that take a variant's share; without: never."
+    )
