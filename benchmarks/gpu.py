@@ -566,12 +566,14 @@ def build_decoder(bench: Bench, model: Model, max_len: int) -> Any:
     return load_decoder(RandomCheckpoint(bench, model), spec, ops=bench.ops, dtype=bench.dtype, max_len=max_len)
 
 
-def runners(bench: Bench, decoder: Any, cache: list[KVLayer], *, rows: int, max_len: int) -> dict[str, Any]:
+def runners(
+    bench: Bench, decoder: Any, cache: list[KVLayer], *, rows: int, max_len: int, recall: Any = None
+) -> dict[str, Any]:
     from shoal.runtime.graphs import GraphRunner, cuda_capture
     from shoal.runtime.runner import EagerRunner
     from shoal.runtime.upload import select_upload
 
-    eager = EagerRunner(decoder, cache, upload=select_upload(bench.on))
+    eager = EagerRunner(decoder, cache, upload=select_upload(bench.on), recall=recall)
     graph = GraphRunner(
         decoder,
         cache,
@@ -581,6 +583,7 @@ def runners(bench: Bench, decoder: Any, cache: list[KVLayer], *, rows: int, max_
         max_rows=rows,
         max_model_len=max_len,
         device=bench.on,
+        recall=recall,
     )
     return {"graph": graph, "eager": eager}
 
@@ -650,6 +653,7 @@ def decoding(bench: Bench, rows: int, *, context: int, pages: int) -> Any:
         token_ids_T=torch.arange(rows) % 90,
         positions_T=last,
         kv_slots_T=table[:, (context - 1) // bench.page].long() * bench.page + (context - 1) % bench.page,
+        seq_slots_T=torch.arange(rows),
         attention=attention,
         rows_R=torch.arange(rows),
         slots=list(range(rows)),
@@ -680,6 +684,8 @@ TOY_LOAD = Load(3, 6, 4)
 
 def engine(bench: Bench) -> Iterator[Figure]:
     """Whole generations through scheduler, worker and runner, without HTTP."""
+    from shoal.runtime.ahead import LastTokens
+
     model = TOY if bench.toy else QWEN_8B
     limit = 64 if bench.toy else 2048 + bench.page
     decoder = build_decoder(bench, model, limit)
@@ -687,12 +693,17 @@ def engine(bench: Bench) -> Iterator[Figure]:
     if not bench.toy:  # a smaller GPU: fewer run at once
         a_token = model.layers * 2 * model.kv_heads * model.dim * bench.dtype.itemsize
         tokens = min(tokens, int((torch.cuda.mem_get_info(bench.on)[0] - (12 << 30)) / a_token))
-    cache = kv_caches(bench, model, tokens)
-    runner = runners(bench, decoder, cache, rows=min(256, tokens // 64), max_len=limit)["graph"]
-    serve(bench, runner, Load(2, 6, 3) if bench.toy else Load(32, 64, 8), model, num_blocks=tokens // bench.page)
+    cache, rows = kv_caches(bench, model, tokens), min(256, tokens // 64)
+    recall = LastTokens(rows, bench.on)
+    runner = runners(bench, decoder, cache, rows=rows, max_len=limit, recall=recall)["graph"]
+    run = partial(serve, bench, runner, model, num_blocks=tokens // bench.page, rows=rows)
+    run(Load(2, 6, 3) if bench.toy else Load(32, 64, 8))
+    seconds, made = run(TOY_LOAD if bench.toy else SHARED)
+    yield Figure(f"{model.name} engine, each step waits for the one before", made / seconds, "tok/s")
+    run = partial(run, recall=recall)
     published = "H200: FlashInfer 30.9, FA3 34.7, Triton 36.9 s"
     for load, peer in [(TOY_LOAD, "")] if bench.toy else [(SHARED, ""), (PUBLISHED, published)]:
-        seconds, made = serve(bench, runner, load, model, num_blocks=tokens // bench.page)
+        seconds, made = run(load)
         whole = made == load.requests * load.output
         yield Figure(
             f"{model.name} engine, {load}{'' if whole else f': cut after {made:,} tokens'}", seconds, "s", None, peer
@@ -700,8 +711,10 @@ def engine(bench: Bench) -> Iterator[Figure]:
         yield Figure("  the same", made / seconds, "tok/s")
 
 
-def serve(bench: Bench, runner: Any, load: Load, model: Model, *, num_blocks: int) -> tuple[float, int]:
-    """(seconds, tokens) of a load, or of as much of it as there is time for."""
+def serve(
+    bench: Bench, runner: Any, model: Model, load: Load, *, num_blocks: int, rows: int, recall: Any = None
+) -> tuple[float, int]:
+    """(seconds, tokens) of a load, or of as much of it as there is time for. recall: the runner's, to run ahead."""
     from shoal.kernels.select import prepare_ops
     from shoal.parallel.group import LocalGroup
     from shoal.runtime.batch import SequenceTable
@@ -712,24 +725,25 @@ def serve(bench: Bench, runner: Any, load: Load, model: Model, *, num_blocks: in
     from shoal.runtime.sampler import Sampler
     from shoal.runtime.scheduler import Scheduler
     from shoal.runtime.sequence import Limits
-    from shoal.runtime.worker import Drawn, Known, ModelWorker
+    from shoal.runtime.worker import Drawn, DrawnAhead, Known, ModelWorker
 
     prepare_ops(bench.on)
     limit = load.prompt + load.output + 1
     limits = Limits(
         max_model_len=limit,
-        max_num_seqs=256,
+        max_num_seqs=rows,
         max_num_batched_tokens=64 if bench.toy else 8192,
         max_queued=load.requests,
         vocab_size=model.vocab,
         eos_token_ids=frozenset(),
     )
-    table = SequenceTable(num_slots=256, max_model_len=limit, block_size=bench.page)
-    exit = Drawn(runner, table, Sampler(bench.ops, model.vocab))
+    table = SequenceTable(num_slots=rows, max_model_len=limit, block_size=bench.page)
+    sampler = Sampler(bench.ops, model.vocab)
+    exit = Drawn(runner, table, sampler) if recall is None else DrawnAhead(runner, table, sampler, recall)
     worker = ModelWorker(table=table, runner=runner, entry=Known(runner), exit=exit)
     pool = BlockPool(num_blocks, block_size=bench.page)
     scheduler = Scheduler(limits, pool=pool, policy=FirstCome(), clock=time.monotonic, secret=b"")
-    served = Engine(scheduler, LocalGroup(worker))
+    served = Engine(scheduler, LocalGroup(worker, depth=1 if recall is None else 2))
     params = SamplingParams(temperature=0.0, max_tokens=load.output, ignore_eos=True)
     for index, prompt in enumerate(load.prompts(model.vocab)):
         served.add(GenerationRequest(id=str(index), prompt=prompt, params=params, seed=index))

@@ -95,7 +95,7 @@ class SleepWorker:
         self.details: dict[str, int | str] = {}
 
     def step(self, plan: bytes) -> bytes | None:
-        return msgspec.msgpack.encode(self._worker.execute(self._decode(plan)))
+        return msgspec.msgpack.encode(self._worker.begin(self._decode(plan))())
 
     def close(self) -> None:
         pass

@@ -1,6 +1,7 @@
 """A replica's ranks as the engine sees them: plans go in, results come out, in order."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
@@ -66,7 +67,12 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Worker(Protocol[PlanIn, ResultOut]):
     """One rank: executes plans in the order they come. Only the output rank's result is looked at."""
 
-    def execute(self, plan: PlanIn) -> ResultOut: ...
+    def begin(self, plan: PlanIn) -> Callable[[], ResultOut]:
+        """Start a step. What it returns waits for the result: called once for each plan, in the order of the plans.
+
+        What has begun may go on meanwhile, on a device; a worker that computes by itself is done when this returns.
+        """
+        ...
 
 
 class WorkerGroup(Protocol[PlanIn, ResultOut]):
@@ -105,17 +111,18 @@ class WorkerGroup(Protocol[PlanIn, ResultOut]):
 class LocalGroup(Generic[Plan, Result]):
     """One rank in this very process and thread: nothing is started, nothing is sent."""
 
-    def __init__(self, worker: Worker[Plan, Result], info: RankInfo | None = None) -> None:
-        self.depth = 1
+    def __init__(self, worker: Worker[Plan, Result], info: RankInfo | None = None, *, depth: int = 1) -> None:
+        """depth: 2 where the worker computes on a device, which then has a step to do while the host plans the next."""
+        self.depth = depth
         self._worker = worker
         self._info = info or RankInfo(rank=0, stage=0, shard=0)
-        self._results: deque[Result] = deque()
+        self._begun: deque[Callable[[], Result]] = deque()
 
     def submit(self, plan: Plan) -> None:
-        self._results.append(self._worker.execute(plan))
+        self._begun.append(self._worker.begin(plan))
 
     def collect(self) -> Result:
-        return self._results.popleft()
+        return self._begun.popleft()()
 
     def check(self) -> None:
         pass
@@ -127,4 +134,4 @@ class LocalGroup(Generic[Plan, Result]):
         return [self._info]
 
     def close(self) -> None:
-        self._results.clear()
+        self._begun.clear()

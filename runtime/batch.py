@@ -6,6 +6,7 @@ handful of vectorised operations, whatever the number of sequences. Shape letter
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.ops import AttentionBatch, SamplingBatch
+from .ahead import UNKNOWN
 from .plan import Admission, Slice, StepPlan
 
 Ints = NDArray[np.int32]
@@ -28,11 +30,20 @@ class StepBatch:
     token_ids_T: Tensor  # int64
     positions_T: Tensor  # int64
     kv_slots_T: Tensor  # int64
+    seq_slots_T: Tensor  # int64, the slot of the sequence that a token belongs to
     attention: AttentionBatch
     rows_R: Tensor  # int64
     slots: list[int]
     next_positions: Ints  # [R] where the drawn token will stand
     sampling: SamplingBatch
+
+
+class Drawing(NamedTuple):
+    """Tokens that are being drawn and not in the table yet: whose, where, and of which holder of the slot."""
+
+    slots: list[int]
+    positions: Ints
+    epochs: Ints
 
 
 class SequenceTable:
@@ -49,6 +60,7 @@ class SequenceTable:
         self._top_p = np.ones(num_slots, np.float32)
         self._min_p = np.zeros(num_slots, np.float32)
         self._seed = np.zeros(num_slots, np.int64)
+        self._epochs: Ints = np.zeros(num_slots, np.int32)  # holders that a slot has had
 
     def apply(self, plan: StepPlan) -> None:
         """Take in what changed since the last step."""
@@ -68,6 +80,7 @@ class SequenceTable:
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
         self._seed[slot] = admission.seed
+        self._epochs[slot] += 1
 
     def foresee(self, slot: int, pages: list[int]) -> None:
         """Write the whole block table of a slot, with pages that a plan is yet to append."""
@@ -76,6 +89,18 @@ class SequenceTable:
     def append(self, slots: list[int], positions: Ints, tokens: NDArray[np.int64]) -> None:
         """Store drawn tokens in their own rows, where the next step reads them."""
         self.tokens[slots, positions] = tokens
+
+    def expect(self, batch: "StepBatch") -> Drawing:
+        """The step draws these tokens: UNKNOWN until they are settled."""
+        self.tokens[batch.slots, batch.next_positions] = UNKNOWN
+        return Drawing(batch.slots, batch.next_positions, self._epochs[batch.slots])
+
+    def settle(self, drawing: Drawing, tokens: NDArray[np.int64]) -> list[int]:
+        """What was drawn; gives the slots that still have the holder it was drawn for. The others' is dropped."""
+        rows = np.flatnonzero(self._epochs[drawing.slots] == drawing.epochs)
+        slots = [drawing.slots[row] for row in rows]
+        self.append(slots, drawing.positions[rows], tokens[rows])
+        return slots
 
     def batch(self, slices: list[Slice], drafts: Mapping[int, list[int]] | None = None) -> StepBatch:
         """The tensors of one step. drafts: guesses by slot, see `StepPlan`."""
@@ -102,6 +127,7 @@ class SequenceTable:
             token_ids_T=self._tensor(self.tokens[slot_T, positions_T].astype(np.int64)),
             positions_T=self._tensor(positions_T),
             kv_slots_T=self._tensor(kv_slots_T),
+            seq_slots_T=self._tensor(slot_T),
             attention=AttentionBatch(
                 query_start_S1=self._tensor(query_start_S1),
                 kv_lens_S=self._tensor(kv_lens_S),

@@ -83,7 +83,7 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None, launcher
     )
     grid = config.grid
     shares = deal(spec, grid, config.pp_layers)
-    depth = _num_microbatches(config) + 1 if config.pp_schedule == "ring" else _num_microbatches(config)
+    depth = _depth(config, device)
     rank_spec = RankSpec.of(resolved, model_path=path, spec=spec, depth=depth)
     draft = plan_draft(resolved, spec)
     if draft is not None and draft.device.type == device.type:
@@ -129,7 +129,7 @@ def _alone(rank_spec: RankSpec, share: Share) -> tuple[Group, int]:
     info = RankInfo(
         rank=0, stage=0, shard=0, pid=os.getpid(), device=rank_spec.config["device"], details=rank.details()
     )
-    return LocalGroup(rank.worker, info), rank.memory.num_blocks
+    return LocalGroup(rank.worker, info, depth=rank_spec.depth), rank.memory.num_blocks
 
 
 def _local_launcher() -> Launcher:
@@ -185,6 +185,16 @@ def describe_grid(ranks: Sequence[RankInfo]) -> str:
             f"weights {int(d['weight_bytes']) / GIB:.2f} GiB, KV cache {int(d['kv_bytes']) / GIB:.2f} GiB"
         )
     return "\n".join(lines)
+
+
+def _depth(config: EngineConfig, device: torch.device) -> int:
+    """Plans in flight at most: one more than the stages, so that the host plans while they compute.
+
+    Of a rank in this process only a device computes by itself.
+    """
+    if config.grid.size == 1 and device.type == "cpu":
+        return 1
+    return _num_microbatches(config) + (config.pp_schedule == "ring")
 
 
 def _num_microbatches(config: EngineConfig) -> int:

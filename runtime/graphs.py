@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import AttentionBatch, KVLayer, SamplingBatch
+from .ahead import AllKnown, Recall
 from .batch import StepBatch
 from .errors import StartupError
 from .models.decoder import Decoder, Step
@@ -76,13 +77,18 @@ class GraphRunner:
         max_rows: int,
         max_model_len: int,
         device: torch.device,
+        recall: Recall | None = None,
     ) -> None:
-        """draw: None where tokens are drawn outside the graph (a vocabulary that ranks share). max_rows: of a graph."""
+        """draw: None where tokens are drawn outside the graph (a vocabulary that ranks share). max_rows: of a graph.
+
+        recall: see `EagerRunner`, which has the same; slot `max_rows` is nobody's.
+        """
         self._decoder = decoder
         self._cache = cache
         self._eager = eager
         self._capture = capture
         self._draw = draw if decoder.has_head else None
+        self._recall: Recall = recall or AllKnown()
         self._sizes = graph_sizes(max_rows)
         page_size = cache[0].k_NKBE.shape[2]
         self._inputs = _Inputs(max_rows, max_model_len=max_model_len, page_size=page_size, device=device)
@@ -122,14 +128,16 @@ class GraphRunner:
         batch = self._inputs.rows(size)
         hidden_TD = self._hidden_TD[:size]
         if self._decoder.embeds:
-            hidden_TD.copy_(self._decoder.embed(batch.token_ids_T, batch.positions_T))
+            token_ids_T = self._recall.fill(batch.token_ids_T, batch.seq_slots_T)
+            hidden_TD.copy_(self._decoder.embed(token_ids_T, batch.positions_T))
         self._decoder.run(hidden_TD, Step(batch.positions_T, batch.kv_slots_T, batch.attention), self._cache)
         if self._decoder.has_head:
             logits_RV = self._decoder.logits(hidden_TD)
             # Copied, though they are many: kept as they are, every graph would need memory for its own.
             self._logits_RV[:size].copy_(logits_RV)
             if self._draw is not None:
-                self._tokens_R[:size].copy_(self._draw(logits_RV, batch.sampling))
+                tokens_R = self._tokens_R[:size].copy_(self._draw(logits_RV, batch.sampling))
+                self._recall.store(batch.seq_slots_T, tokens_R)
 
     # As a runner
 
@@ -219,6 +227,7 @@ class _Inputs:
 
     def _pad(self, start: int, stop: int) -> None:
         self._host.kv_slots_T[start:stop] = -1
+        self._host.seq_slots_T[start:stop] = self._host.seq_slots_T.shape[0]
         self._host.attention.kv_lens_S[start:stop] = 0
 
     def _send(self, num_bytes: int) -> None:
@@ -268,6 +277,7 @@ def _blank_batch(rows: int) -> StepBatch:
         token_ids_T=longs,
         positions_T=longs,
         kv_slots_T=torch.full((rows,), -1),
+        seq_slots_T=torch.full((rows,), rows),
         attention=attention,
         rows_R=torch.arange(rows),
         slots=[],

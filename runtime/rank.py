@@ -23,6 +23,7 @@ from ..parallel.grid import Grid, Place
 from ..parallel.ring import Ring
 from ..parallel.station import Station
 from . import kv
+from .ahead import LastTokens, Recall
 from .batch import SequenceTable
 from .checkpoint import Checkpoint
 from .config import EngineConfig
@@ -38,7 +39,7 @@ from .sampler import Sampler
 from .share import Share, deal
 from .upload import select_upload
 from .weights import bytes_a_weight
-from .worker import Drawn, DrawnAndReturned, Entry, Exit, Known, ModelWorker, Received, Returned, Sent
+from .worker import Drawn, DrawnAhead, DrawnAndReturned, Entry, Exit, Known, ModelWorker, Received, Returned, Sent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,6 +75,11 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
             pp=config.pipeline_parallel_size,
             depth=depth,
         )
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step is launched while the one before it computes: of one rank, in its driver's process."""
+        return self.tp == self.pp == 1 and self.depth > 1
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(**self.config)
@@ -152,14 +158,15 @@ def build_worker(
         )
     table = SequenceTable(num_slots=memory.max_num_seqs, max_model_len=max_model_len, block_size=memory.block_size)
     sampler = Sampler(ops, share.spec.vocab_size, comm=comm)
+    recall = LastTokens(memory.max_num_seqs, ops.device) if rank_spec.runs_ahead else None
     with torch.inference_mode():
-        runner = _runner(config, decoder, cache, ops=ops, comm=comm)
+        runner = _runner(config, decoder, cache, ops=ops, comm=comm, recall=recall)
     num_threads = config.num_threads or max(1, (os.cpu_count() or 1) // ranks_on_node)
     worker = ModelWorker(
         table=table,
         runner=runner,
         entry=_entry(share, runner, table=table, ring=ring, depth=rank_spec.depth),
-        exit=_exit(share, runner, table=table, ring=ring, sampler=sampler),
+        exit=_exit(share, runner, table=table, ring=ring, sampler=sampler, recall=recall),
         station=station,
         num_threads=num_threads if ops.device.type == "cpu" else None,
     )
@@ -176,9 +183,11 @@ def plan_beside_draft(rank_spec: RankSpec, plan: Callable[..., MemoryPlan], free
     return memory if memory.num_blocks <= fits else plan(free=free - left + fits * block)
 
 
-def _runner(config: EngineConfig, decoder: Decoder, cache: list[KVLayer], *, ops: Ops, comm: Comm) -> Runner:
+def _runner(
+    config: EngineConfig, decoder: Decoder, cache: list[KVLayer], *, ops: Ops, comm: Comm, recall: Recall | None
+) -> Runner:
     """Graphs on a GPU, captured here, unless the config does without."""
-    eager = EagerRunner(decoder, cache, upload=select_upload(ops.device))
+    eager = EagerRunner(decoder, cache, upload=select_upload(ops.device), recall=recall)
     if ops.device.type != "cuda" or config.enforce_eager:
         return eager
     runner = GraphRunner(
@@ -190,6 +199,7 @@ def _runner(config: EngineConfig, decoder: Decoder, cache: list[KVLayer], *, ops
         max_rows=config.max_num_seqs,
         max_model_len=config.max_model_len or decoder.spec.max_len,
         device=ops.device,
+        recall=recall,
     )
     runner.prepare(show=comm.shard == 0)
     return runner
@@ -203,9 +213,11 @@ def _entry(share: Share, runner: Runner, *, table: SequenceTable, ring: Ring | N
     return Received(ring, hidden_size=share.spec.hidden_size)
 
 
-def _exit(share: Share, runner: Runner, *, table: SequenceTable, ring: Ring | None, sampler: Sampler) -> Exit:
+def _exit(
+    share: Share, runner: Runner, *, table: SequenceTable, ring: Ring | None, sampler: Sampler, recall: Recall | None
+) -> Exit:
     if ring is None:
-        return Drawn(runner, table, sampler)
+        return DrawnAhead(runner, table, sampler, recall) if recall is not None else Drawn(runner, table, sampler)
     if share.place.is_last:
         return DrawnAndReturned(runner, table, sampler, ring)
     return Sent(ring)
@@ -220,7 +232,7 @@ class _RankWorker:
         self._answers = rank.share.place.answers
 
     def step(self, plan: bytes) -> bytes | None:
-        result = self._worker.execute(_decode_plan(plan))
+        result = self._worker.begin(_decode_plan(plan))()
         return _encode_result(result) if self._answers else None
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..kernels.ops import KVLayer
+from .ahead import AllKnown, Recall
 from .batch import StepBatch
 from .models.decoder import Decoder, Step
 from .upload import Upload, as_it_is
@@ -38,23 +39,30 @@ class Runner(Protocol):
         ...
 
     def drawn(self, batch: StepBatch) -> Tensor | None:
-        """[R] tokens, as `Ops.sample` draws them from `row_logits` as they are; None: the step has not drawn any."""
+        """[R] tokens, as `Ops.sample` draws them from `row_logits` as they are; None: the step has not drawn any.
+
+        They are good until the next `upload`, and the runner's `Recall` has them already.
+        """
         ...
 
 
 class EagerRunner:
     """Launches every operation each step."""
 
-    def __init__(self, decoder: Decoder, cache: list[KVLayer], *, upload: Upload = as_it_is) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: list[KVLayer], *, upload: Upload = as_it_is, recall: Recall | None = None
+    ) -> None:
+        """recall: of tokens that a batch may not know; default: it knows them all."""
         self._decoder = decoder
         self._cache = cache
         self._upload = upload
+        self._recall: Recall = recall or AllKnown()
 
     def upload(self, batch: StepBatch) -> StepBatch:
         return self._upload(batch)
 
     def embed(self, batch: StepBatch) -> Tensor:
-        return self._decoder.embed(batch.token_ids_T, batch.positions_T)
+        return self._decoder.embed(self._recall.fill(batch.token_ids_T, batch.seq_slots_T), batch.positions_T)
 
     def layers(self, hidden_TD: Tensor, batch: StepBatch) -> Tensor:
         return self._decoder.run(hidden_TD, Step(batch.positions_T, batch.kv_slots_T, batch.attention), self._cache)

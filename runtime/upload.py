@@ -88,6 +88,7 @@ def tensors_of(batch: StepBatch) -> list[Tensor]:
         batch.token_ids_T,
         batch.positions_T,
         batch.kv_slots_T,
+        batch.seq_slots_T,
         batch.rows_R,
         attention.query_start_S1,
         attention.kv_lens_S,
@@ -102,12 +103,14 @@ def tensors_of(batch: StepBatch) -> list[Tensor]:
 
 def with_tensors(batch: StepBatch, tensors: Sequence[Tensor], *, block_table_SP: Tensor) -> StepBatch:
     """The batch with other tensors in the places of its own."""
-    token_ids, positions, kv_slots, rows, starts, lens, temperature, top_k, top_p, min_p, seed, position = tensors
+    token_ids, positions, kv_slots, seq_slots, rows, starts, lens, *sampling = tensors
+    temperature, top_k, top_p, min_p, seed, position = sampling
     return replace(
         batch,
         token_ids_T=token_ids,
         positions_T=positions,
         kv_slots_T=kv_slots,
+        seq_slots_T=seq_slots,
         rows_R=rows,
         attention=replace(batch.attention, query_start_S1=starts, kv_lens_S=lens, block_table_SP=block_table_SP),
         sampling=replace(

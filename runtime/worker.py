@@ -6,15 +6,19 @@ is settled in the two ends it is given: what comes in (`Entry`), and what goes o
 
 import time
 from collections import deque
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..parallel.ring import Ring
 from ..parallel.station import Station
-from .batch import Ints, SequenceTable, StepBatch
+from .ahead import Recall, fetch
+from .batch import Drawing, SequenceTable, StepBatch
 from .generation import TokenLogprob
 from .plan import Admission, StepPlan, StepResult
 from .runner import Runner
@@ -22,6 +26,9 @@ from .sampler import Sampled, Sampler, token_logprobs
 
 # Full rows of logits are wide: a whole chunk's at once would outgrow the memory plan.
 PROMPT_LOGPROB_ROWS = 64
+
+Result = Callable[[], StepResult]
+"""Waits for a step to be done, and tells what it came to. Called once, in the order of the steps."""
 
 
 class Entry(Protocol):
@@ -43,8 +50,8 @@ class Exit(Protocol):
         """A slot has a new sequence."""
         ...
 
-    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> StepResult:
-        """What the step came to. Of the ranks that do not draw it is an empty result, which nobody reads."""
+    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Result:
+        """What the step comes to. Of the ranks that do not draw it is an empty result, which nobody reads."""
         ...
 
 
@@ -72,10 +79,11 @@ class ModelWorker:
         self._exit = exit
         self._station = station or Station()
         self._num_threads = num_threads
+        self._last_done = 0.0
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step to its end."""
+    def begin(self, plan: StepPlan) -> Result:
+        """Launch one step; see `Worker` for what is returned."""
         began = time.perf_counter()
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
@@ -88,8 +96,15 @@ class ModelWorker:
         residual_TD = self._entry.hidden(batch)
         hidden_TD = self._runner.layers(residual_TD, batch)
         self._station.at("exit")
-        result = self._exit.finish(hidden_TD, batch, plan)
-        return msgspec.structs.replace(result, device_s=time.perf_counter() - began)
+        finish = self._exit.finish(hidden_TD, batch, plan)
+
+        def done() -> StepResult:
+            result = finish()
+            before, self._last_done = self._last_done, time.perf_counter()
+            # A step that was launched early has waited for the one before it.
+            return msgspec.structs.replace(result, device_s=self._last_done - max(began, before))
+
+        return done
 
 
 # Entries
@@ -108,14 +123,6 @@ class Known:
         return self._runner.embed(batch)
 
 
-class _Drawing(NamedTuple):
-    """A step whose tokens the last stage draws: whose they are, and of which holder of the slot."""
-
-    slots: list[int]
-    positions: Ints
-    epochs: list[int]
-
-
 class Returned:
     """The entry of a first stage with others behind it: the tokens they draw come back on the ring.
 
@@ -129,13 +136,11 @@ class Returned:
         self._table = table
         self._ring = ring
         self._depth = depth
-        self._under_way: deque[_Drawing] = deque()
+        self._under_way: deque[Drawing] = deque()
         self._waits_for: dict[int, int] = {}  # slot -> tokens on their way to its present holder
-        self._epochs: dict[int, int] = {}
 
     def prepare(self, plan: StepPlan) -> None:
         for admission in plan.admissions:
-            self._epochs[admission.slot] = self._epochs.get(admission.slot, 0) + 1
             self._waits_for.pop(admission.slot, None)
         while len(self._under_way) > self._depth or any(part.slot in self._waits_for for part in plan.slices):
             self._take()
@@ -143,18 +148,14 @@ class Returned:
     def _take(self) -> None:
         drawing = self._under_way.popleft()
         tokens = self._ring.receive((len(drawing.slots),), torch.int64).cpu().numpy()
-        mine = [row for row, slot in enumerate(drawing.slots) if self._epochs.get(slot, 0) == drawing.epochs[row]]
-        slots = [drawing.slots[row] for row in mine]
-        self._table.append(slots, drawing.positions[mine], tokens[mine])
-        for slot in slots:
+        for slot in self._table.settle(drawing, tokens):
             self._waits_for[slot] -= 1
             if not self._waits_for[slot]:
                 del self._waits_for[slot]
 
     def hidden(self, batch: StepBatch) -> Tensor:
         if batch.slots:
-            epochs = [self._epochs.get(slot, 0) for slot in batch.slots]
-            self._under_way.append(_Drawing(batch.slots, batch.next_positions, epochs))
+            self._under_way.append(self._table.expect(batch))
             for slot in batch.slots:
                 self._waits_for[slot] = self._waits_for.get(slot, 0) + 1
         return self._runner.embed(batch)
@@ -186,9 +187,9 @@ class Sent:
     def admit(self, admission: Admission) -> None:
         pass
 
-    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> StepResult:
+    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Result:
         self._ring.send(hidden_TD)
-        return StepResult(plan.step, [])
+        return partial(StepResult, plan.step, [])
 
 
 class Drawn:
@@ -209,17 +210,27 @@ class Drawn:
         if admission.params.prompt_logprobs is not None:
             self._prompt_logprobs[admission.slot] = (admission.params.prompt_logprobs, admission.prompt_len)
 
-    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> StepResult:
+    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Result:
         prompt_logprobs = self._of_prompts(plan, hidden_TD) if self._prompt_logprobs else {}
         if not batch.slots:
-            return StepResult(plan.step, [], None, prompt_logprobs)
+            return partial(StepResult, plan.step, [], None, prompt_logprobs)
+        draw = self._draw(hidden_TD, batch, plan)
+
+        def result() -> StepResult:
+            sampled = draw()
+            return StepResult(plan.step, sampled.tokens, sampled.logprobs, prompt_logprobs)
+
+        return result
+
+    def _draw(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Callable[[], Sampled]:
+        """The batch's rows; what is returned waits for their tokens."""
         drawn_R = self._runner.drawn(batch) if self._sampler.is_plain(batch, plan) else None
         if drawn_R is None:
             sampled = self._sampler.sample(self._runner.row_logits(hidden_TD, batch), batch, plan)
         else:
             sampled = Sampled(drawn_R.tolist())
         self._remember(batch, torch.tensor(sampled.tokens, dtype=torch.int64))
-        return StepResult(plan.step, sampled.tokens, sampled.logprobs, prompt_logprobs)
+        return lambda: sampled
 
     def _remember(self, batch: StepBatch, tokens_R: Tensor) -> None:
         # A failed row's -1 must not be read as a token id by a step that is planned already.
@@ -245,6 +256,35 @@ class Drawn:
                 logits_QV = self._runner.logits(hidden_TD[rows + at : rows + end])
                 found[part.slot] += token_logprobs(self._sampler.ops, logits_QV, tokens_Q[at:end], num)
         return found
+
+
+class DrawnAhead(Drawn):
+    """The exit of a stage that is first and last, on a device that computes by itself: it waits for no token that
+    nobody has to look at before the next step, which reads it from the device (`ahead.py`).
+
+    Rows that somebody has to look at (penalties, masks, guesses, log-probabilities) make their step wait.
+    """
+
+    def __init__(self, runner: Runner, table: SequenceTable, sampler: Sampler, recall: Recall) -> None:
+        """recall: the runner's."""
+        super().__init__(runner, table, sampler)
+        self._recall = recall
+
+    def _draw(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Callable[[], Sampled]:
+        if plan.drafts or not self._sampler.is_plain(batch, plan):
+            return super()._draw(hidden_TD, batch, plan)
+        tokens_R = self._runner.drawn(batch)
+        if tokens_R is None:
+            tokens_R = self._sampler.ops.sample(self._runner.row_logits(hidden_TD, batch), batch.sampling)
+            self._recall.store(batch.seq_slots_T[batch.rows_R], tokens_R)
+        drawing, fetched = self._table.expect(batch), fetch(tokens_R)
+
+        def wait() -> Sampled:
+            tokens = fetched()
+            self._table.settle(drawing, np.maximum(tokens, 0))
+            return Sampled(tokens)
+
+        return wait
 
 
 class DrawnAndReturned(Drawn):

@@ -38,6 +38,7 @@ def decoding(lens: list[int]) -> StepBatch:
             query_lens=(1,) * rows,
             kv_lens=tuple(lens),
         ),
+        seq_slots_T=torch.arange(rows),
         rows_R=torch.arange(rows),
         slots=list(range(rows)),
         next_positions=lens_S.numpy(),

@@ -108,6 +108,10 @@ class FakeWorker:
         self.rows.clear()
         self.tags.clear()
 
+    def begin(self, plan: StepPlan) -> Callable[[], StepResult]:
+        result = self.execute(plan)
+        return lambda: result
+
     def execute(self, plan: StepPlan) -> StepResult:
         for admission in plan.admissions:
             row = self.rows[admission.slot] = Row(admission, self.owner_of(admission))

@@ -7,8 +7,10 @@ batch tells it others; a replay reads and writes the same memory as the capture.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,15 +20,18 @@ from torch import Tensor
 
 from shoal.kernels.ops import AttentionBatch, AttentionSpec, KVLayer
 from shoal.kernels.reference import ReferenceOps
+from shoal.runtime.ahead import LastTokens, Recall
 from shoal.runtime.batch import SequenceTable, StepBatch
 from shoal.runtime.errors import StartupError
 from shoal.runtime.generation import SamplingParams
 from shoal.runtime.graphs import Capture, GraphRunner, graph_sizes
 from shoal.runtime.loader import load_decoder
 from shoal.runtime.models.decoder import Decoder
-from shoal.runtime.plan import Admission, Slice, StepPlan
+from shoal.runtime.plan import Admission, Slice, StepPlan, StepResult
 from shoal.runtime.runner import EagerRunner, Runner
+from shoal.runtime.sampler import Sampler
 from shoal.runtime.upload import ALIGN, PackedUpload, tensors_of
+from shoal.runtime.worker import Drawn, DrawnAhead, Known, ModelWorker
 
 from ..random_model import HEAD_DIM, KV_HEADS, RandomCheckpoint, random_spec
 
@@ -88,16 +93,24 @@ def make_decoder(layers: range | None = None, *, ops: ReferenceOps | None = None
     return load_decoder(RandomCheckpoint(SPEC), SPEC, ops=ops, dtype=torch.float32, max_len=MAX_LEN, layers=layers)
 
 
-def graph_runner(decoder: Decoder, cache: list[KVLayer], recorder: Capture, *, max_rows: int = SLOTS) -> GraphRunner:
+def graph_runner(
+    decoder: Decoder,
+    cache: list[KVLayer],
+    recorder: Capture,
+    *,
+    max_rows: int = SLOTS,
+    recall: Recall | None = None,
+) -> GraphRunner:
     return GraphRunner(
         decoder,
         cache,
-        eager=EagerRunner(decoder, cache),
+        eager=EagerRunner(decoder, cache, recall=recall),
         capture=recorder,
         draw=ReferenceOps(CPU).sample,
         max_rows=max_rows,
         max_model_len=MAX_LEN,
         device=CPU,
+        recall=recall,
     )
 
 
@@ -110,8 +123,11 @@ PARAMS = [
 ]
 
 
+LOOKED_AT = [SamplingParams(temperature=0.0, logprobs=2), SamplingParams(temperature=0.8, repetition_penalty=1.3)]
+
+
 @dataclass
-class Sequence:
+class Running:
     slot: int
     computed: int
     known: int
@@ -137,29 +153,34 @@ class Rank:
         return tokens_R.tolist(), logits_RV.clone()
 
 
-def random_plans(seed: int, *, steps: int) -> Iterator[StepPlan]:
-    """Sequences come, are computed in chunks, decode in changing company, and leave their pages to the next."""
+def random_plans(
+    seed: int, *, steps: int, params: Sequence[SamplingParams] = PARAMS, fewest: int = 0, leaving: float = 0.03
+) -> Iterator[StepPlan]:
+    """Sequences come, are computed in chunks, decode in changing company, and leave their pages to the next.
+
+    fewest: slices of a plan while there are sequences. leaving: share of the sequences that end with a step.
+    """
     rng = random.Random(seed)
-    running: list[Sequence] = []
+    running: list[Running] = []
     for step in range(steps):
         free = [slot for slot in range(SLOTS) if slot not in {sequence.slot for sequence in running}]
         admissions, blocks = [], []
         if free and rng.random() < 0.5:
             slot, num = rng.choice(free), rng.randint(1, 30)
             tokens = [rng.randrange(SPEC.vocab_size) for _ in range(num)]
-            admissions.append(Admission(slot, tokens, num, rng.choice(PARAMS), rng.randrange(1 << 40), []))
+            admissions.append(Admission(slot, tokens, num, rng.choice(params), rng.randrange(1 << 40), []))
             pages = list(range(1 + slot * PAGES_A_SLOT, 1 + (slot + 1) * PAGES_A_SLOT))
             rng.shuffle(pages)
             blocks.append((slot, pages))
-            running.append(Sequence(slot, 0, num))
+            running.append(Running(slot, 0, num))
         slices = []
-        for sequence in rng.sample(running, rng.randint(0, len(running))):
+        for sequence in rng.sample(running, rng.randint(min(fewest, len(running)), len(running))):
             count = min(sequence.known - sequence.computed, rng.randint(1, 20))
             sequence.computed += count
             samples = sequence.computed == sequence.known
             sequence.known += samples
             slices.append(Slice(sequence.slot, sequence.computed - count, count, samples))
-        running = [sequence for sequence in running if sequence.known < MAX_LEN and rng.random() > 0.03]
+        running = [sequence for sequence in running if sequence.known < MAX_LEN and rng.random() > leaving]
         if slices or admissions:
             yield StepPlan(step, admissions, blocks, sorted(slices, key=lambda part: part.count > 1))
 
@@ -186,6 +207,34 @@ def test_tokens_logits_and_cache_are_those_of_eager_steps(seed: int) -> None:
     assert drawn > 100
     assert recorder.replayed > 20
     assert recorder.captured <= len(graph_sizes(8))
+
+
+@pytest.mark.parametrize("launches", ["eager", "graphs"])
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_launched_before_the_last_token_is_known_draw_the_same(seed: int, launches: str) -> None:
+    """Two plans in flight, while slots change hands; some rows are penalised or want log-probabilities."""
+    decoder, caches = make_decoder(), (make_cache(), make_cache())
+    sampler = partial(Sampler, ReferenceOps(CPU), SPEC.vocab_size)
+    runner: Runner = EagerRunner(decoder, caches[0])
+    table = new_table()
+    one_by_one = ModelWorker(table=table, runner=runner, entry=Known(runner), exit=Drawn(runner, table, sampler()))
+    recall = LastTokens(SLOTS, CPU)
+    runner = EagerRunner(decoder, caches[1], recall=recall)
+    if launches == "graphs":
+        runner = graph_runner(decoder, caches[1], Recorder(), recall=recall)
+    table = new_table()
+    ahead_of = DrawnAhead(runner, table, sampler(), recall)
+    ahead = ModelWorker(table=table, runner=runner, entry=Known(runner), exit=ahead_of)
+    expected, found, under_way = [], [], deque[Callable[[], StepResult]]()
+    for plan in random_plans(seed, steps=300, params=[*PARAMS * 3, LOOKED_AT[seed % 2]], fewest=1, leaving=0.15):
+        expected.append(one_by_one.begin(plan)())
+        under_way.append(ahead.begin(plan))
+        if len(under_way) == 2:
+            found.append(under_way.popleft()())
+    found.append(under_way.popleft()())
+    assert [(r.step, r.tokens) for r in found] == [(r.step, r.tokens) for r in expected]
+    assert [len(r.logprobs or []) for r in found] == [len(r.logprobs or []) for r in expected]
+    assert sum(len(r.tokens) for r in found) > 100
 
 
 def decoding(table: SequenceTable, slots: list[int], *, length: int = 5) -> StepBatch:
