@@ -1,10 +1,16 @@
 """A captured decode step over the Triton kernels: what they read of a step they read from tensors."""
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.kernels.ops import AttentionBatch, KVLayer, SamplingBatch
 from shoal.kernels.reference import ReferenceOps
 from shoal.kernels.triton_ops import TritonOps
+from shoal.runtime.ahead import LastTokens
 from shoal.runtime.batch import StepBatch
 from shoal.runtime.graphs import GraphRunner, cuda_capture
 from shoal.runtime.loader import load_decoder
@@ -90,3 +96,50 @@ def test_padded_steps_draw_the_tokens_of_eager_ones(ops: TritonOps, reference: R
         assert torch.equal(tokens_R, reference.sample(logits_RV, expected.sampling))
     torch.testing.assert_close(cache[0].k_NKBE, plain_cache[0].k_NKBE, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(cache[0].v_NKBE, plain_cache[0].v_NKBE, rtol=1e-4, atol=1e-4)
+
+
+class Watch(TorchDispatchMode):
+    """Notes every operation that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen.add(func.name().removeprefix("aten::").partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_a_captured_step_asks_for_no_value_and_brings_none() -> None:
+    """What CUDA refuses to capture: waiting for the device, shapes that follow from values, tensors of the host's."""
+    if torch.cuda.is_available():
+        pytest.skip("the capture itself is tested there")
+    ops = TritonOps(torch.device("cpu"))
+    decoder = load_decoder(RandomCheckpoint(SPEC), SPEC, ops=ops, dtype=torch.float32, max_len=MAX_LEN)
+    cache = [KVLayer(torch.zeros(9, KV_HEADS, PAGE, HEAD_DIM), torch.zeros(9, KV_HEADS, PAGE, HEAD_DIM))]
+    recall, watch = LastTokens(4, ops.device), Watch()
+
+    def capture(launch: Callable[[], None]) -> Callable[[], None]:
+        launch()  # kernels are compiled outside a capture, too
+        with watch:
+            launch()
+        return launch
+
+    graphs = GraphRunner(
+        decoder,
+        cache,
+        eager=EagerRunner(decoder, cache, recall=recall),
+        capture=capture,
+        draw=ops.sample,
+        max_rows=4,
+        max_model_len=MAX_LEN,
+        device=ops.device,
+        recall=recall,
+    )
+    graphs.prepare(show=False)
+    assert {"embedding", "linear", "index_copy_"} <= watch.seen, "the step was not seen"
+    refused = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "scalar_tensor", "equal", "_unique2"}
+    assert not refused & watch.seen
