@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .coded_weight import CodedWeight
-from .quant_tiles import DENSE_FROM, weight_only_tile
+from .quant_tiles import DENSE_FROM, slab_features, weight_only_tile
 
-_SLAB_WEIGHTS = 1 << 25  # unpacked at a time: 64 MiB
 _BAND = tl.constexpr(8)  # tiles of rows that take turns before the features move on: both operands stay in the L2 cache
 
 
@@ -241,7 +240,7 @@ def unpack(weight: CodedWeight, dtype: torch.dtype, *, first: int = 0, end: int 
 
 def _by_slabs(x_TD: Tensor, weight: CodedWeight, out_TF: Tensor) -> Tensor:
     """The whole weight in 16 bits would be more than a layer's activations take."""
-    step = max(_SLAB_WEIGHTS // weight.in_features, 1)
+    step = slab_features(weight.out_features, weight.in_features)
     for first in range(0, weight.out_features, step):
         end = min(first + step, weight.out_features)
         torch.mm(x_TD, unpack(weight, x_TD.dtype, first=first, end=end).t(), out=out_TF[:, first:end])

@@ -11,8 +11,10 @@ DECODE_ROWS = 64  # at most so many rows are one tile: every code is read once
 # Tiles that make the numbers of a code anew for every 128 rows issue as many instructions for that as the tensor cores
 # have cycles of work. From here it is faster to write the weight in 16 bits once (vLLM's AWQ: from 256). Not measured.
 DENSE_FROM = 512
+_SLAB_WEIGHTS = 1 << 25  # unpacked at a time: 64 MiB
 _SPLIT_ROWS = 256  # more of them fill the device without a split
 _PROGRAMS = 400  # at most three find room on a multiprocessor
+_NARROWEST_BLOCK = 64  # columns: where groups of 8-bit codes ask for it, else 128
 _NARROWEST = 64  # features of a tile: what a warp group multiplies
 
 
@@ -24,6 +26,23 @@ class Tile(NamedTuple):
     splits: int
     warps: int
     stages: int
+
+
+def slab_features(features: int, inner: int) -> int:
+    """Rows of a weight [features, inner] that are unpacked at once."""
+    return min(features, max(_SLAB_WEIGHTS // max(inner, 1), 1))
+
+
+def scratch_bytes(rows: int, features: int, inner: int, *, deterministic: bool = False) -> int:
+    """What a product of up to `rows` rows keeps beside operands and result, at most: parts in float32, or a slab."""
+    slab = 0 if rows < DENSE_FROM or deterministic else 2 * slab_features(features, inner) * inner
+    split_rows = min(rows, _SPLIT_ROWS)
+    blocks = -(-inner // _NARROWEST_BLOCK)
+    parts = [0]
+    for some in (*range(16, split_rows, 16), split_rows):  # within a tile's rows more of them are more parts
+        tile = weight_only_tile(some, features, blocks, deterministic=deterministic)
+        parts.append(4 * tile.splits * some * features if tile.splits > 1 else 0)
+    return max(slab, *parts)
 
 
 def most_tickets(features: int) -> int:

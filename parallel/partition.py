@@ -79,12 +79,20 @@ def cut_vocab(vocab_size: int, *, shard: int, size: int) -> slice:
     return even_cut(vocab_size, shard=shard, size=size)
 
 
-def cut_layers(costs: Sequence[float], *, stages: int, head: float = 0.0, entry: float = 0.0) -> list[range]:
+def cut_layers(
+    costs: Sequence[float],
+    *,
+    stages: int,
+    head: float = 0.0,
+    entry: float = 0.0,
+    speeds: Sequence[float] | None = None,
+) -> list[range]:
     """Contiguous layers for each stage, so that the dearest stage is as cheap as it can be.
 
-    costs: of each layer, in any unit; entry and head are what the first and the last stage have to do besides. Each
-    stage gets at least one layer. Among equal cuts the earlier stages are the smaller ones. Dynamic programming over
-    (stages, layers), as in the linear partition problem (Skiena, The Algorithm Design Manual, 10.7).
+    costs: of each layer, in any unit; entry and head are what the first and the last stage have to do besides. speeds:
+    of each stage, in any unit; default: all alike. Each stage gets at least one layer. Among equal cuts the earlier
+    stages are the smaller ones. Dynamic programming over (stages, layers), as in the linear partition problem (Skiena,
+    The Algorithm Design Manual, 10.7).
     """
     num = len(costs)
     if not 1 <= stages <= num:
@@ -96,12 +104,16 @@ def cut_layers(costs: Sequence[float], *, stages: int, head: float = 0.0, entry:
     def work(start: int, stop: int) -> float:
         return before[stop] - before[start] + (entry if start == 0 else 0.0) + (head if stop == num else 0.0)
 
+    speeds = speeds or [1.0] * stages
     # best[stop]: (cost of the dearest of the first k stages over layers [0, stop), where the k-th begins)
-    best = [(work(0, stop), 0) for stop in range(num + 1)]
+    best = [(work(0, stop) / speeds[0], 0) for stop in range(num + 1)]
     starts = [[begin for _, begin in best]]
-    for stage in range(2, stages + 1):
+    for stage, speed in enumerate(speeds[1:], start=2):
         best = [
-            min(((max(best[begin][0], work(begin, stop)), begin) for begin in range(stage - 1, stop)), default=(inf, 0))
+            min(
+                ((max(best[begin][0], work(begin, stop) / speed), begin) for begin in range(stage - 1, stop)),
+                default=(inf, 0),
+            )
             for stop in range(num + 1)
         ]
         starts.append([begin for _, begin in best])

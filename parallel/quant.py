@@ -210,6 +210,13 @@ def over_codes(weight: Quantised, make: Callable[[Codes], LinearMethod | None]) 
     return GatheredLinear(method, weight.order_D, weight.in_features)
 
 
+def kernel_kinds(device: str, dtype: torch.dtype) -> frozenset[Kind]:
+    """What stays codes on a device of this type with activations of `dtype`: the `kinds` of `select_kernels`."""
+    if device == "cpu" and dtype is torch.bfloat16:
+        return CpuKernels.kinds
+    return frozenset(Kind) if device == "cuda" and dtype is not torch.float32 else NoKernels.kinds
+
+
 def select_kernels(device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> Kernels:
     """What there is for activations of `dtype` on the device."""
     if device.type == "cpu" and dtype is torch.bfloat16:

@@ -32,11 +32,10 @@ from .models.pieces import Piece, down_pieces, out_pieces, qkv_pieces, up_pieces
 from .models.rope import cos_sin_table
 from .models.spec import LayerSpec, MLPSpec, ModelSpec, NormKind, QKNorm, RopeSpec
 from .progress import Progress
+from .share import MLP_UNIT
 from .weights import WeightReader
 
 log = logging.getLogger(__name__)
-
-MLP_UNIT = 32  # columns: a dense MLP is cut in these, so that matrix kernels meet whole tiles
 
 IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 """Endings of buffers that older checkpoints carry: constants, not weights."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.quant_tiles import scratch_bytes
+from ..parallel.partition import length
 from . import kv
 from .config import EngineConfig
 from .errors import MemoryPlanError
@@ -28,6 +30,7 @@ class MemoryPlan:
 
     weight_bytes: int
     workspace_bytes: int
+    graph_bytes: int  # of the workspace: what captured graphs keep
     kv_bytes: int
     kv_dtype: torch.dtype
     num_blocks: int
@@ -62,17 +65,19 @@ def plan_memory(
     dtype: torch.dtype,
     free: int,
     weight_bytes: int | None = None,
+    has_codes: bool = False,
 ) -> MemoryPlan:
     """Divide `free` bytes (the rank's part of the device) among weights, workspace and KV blocks.
 
     `config` has been resolved: its device is "cuda" or "cpu". weight_bytes: None counts weights dense; packed ones take
-    less.
+    less. has_codes: some are, whose products take memory of their own.
 
     Raises:
         MemoryPlanError: the weights, or one sequence of max_model_len, do not fit; says which flag would make it fit.
     """
     weight_bytes = share.num_weights() * dtype.itemsize if weight_bytes is None else weight_bytes
-    workspace = workspace_bytes(share, config, dtype) + graph_bytes(share, config, dtype)
+    graphs = graph_bytes(share, config, dtype, has_codes=has_codes)
+    workspace = workspace_bytes(share, config, dtype, has_codes=has_codes) + graphs
     kv_dtype = kv.cache_dtype(config, dtype)
     block = kv.bytes_per_block(share, block_size=config.block_size, dtype=kv_dtype)
     left = free - weight_bytes - workspace
@@ -95,6 +100,7 @@ def plan_memory(
     return MemoryPlan(
         weight_bytes=weight_bytes,
         workspace_bytes=workspace,
+        graph_bytes=graphs,
         kv_bytes=int(num_blocks) * block,
         kv_dtype=kv_dtype,
         num_blocks=int(num_blocks),
@@ -120,27 +126,41 @@ def _kv_budget(config: EngineConfig, left: int, num_ranks: int) -> int:
     return int(asked * GIB)
 
 
-def workspace_bytes(share: Share, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Activations of the widest step plus its logits: an upper bound, layer by layer memory being reused."""
+def workspace_bytes(share: Share, config: EngineConfig, dtype: torch.dtype, *, has_codes: bool = False) -> int:
+    """Activations of the widest step, what a product takes, logits, rotations: a bound, layers reusing memory."""
     tokens, rows = config.max_num_batched_tokens, config.max_num_seqs
     if config.speculative_model is not None:
         guessed = min(config.speculative_max_batch, config.max_num_seqs)
         rows = max(rows, (config.num_speculative_tokens + 1) * guessed)
-    return _step_bytes(share, dtype, tokens=tokens, rows=min(rows, tokens))
+    ropes = {layer.rope for layer in share.spec.layers if layer.rope is not None}
+    tables = (config.max_model_len or share.spec.max_len) * sum(2 * len(rope.inv_freq) * 4 for rope in ropes)
+    scratch = _scratch_bytes(share, config, tokens, has_codes=has_codes)
+    return _step_bytes(share, dtype, tokens=tokens, rows=min(rows, tokens)) + scratch + tables
 
 
-def graph_bytes(share: Share, config: EngineConfig, dtype: torch.dtype) -> int:
+def graph_bytes(share: Share, config: EngineConfig, dtype: torch.dtype, *, has_codes: bool = False) -> int:
     """What captured graphs keep to themselves: a decode step's workspace, and their own nodes."""
     if config.device != "cuda" or config.enforce_eager:
         return 0
     rows = config.max_num_seqs
-    return _step_bytes(share, dtype, tokens=rows, rows=rows) + BYTES_A_GRAPH * len(graph_sizes(rows))
+    scratch = _scratch_bytes(share, config, rows, has_codes=has_codes)
+    return _step_bytes(share, dtype, tokens=rows, rows=rows) + scratch + BYTES_A_GRAPH * len(graph_sizes(rows))
+
+
+def _scratch_bytes(share: Share, config: EngineConfig, tokens: int, *, has_codes: bool) -> int:
+    """What the largest of a GPU's products with codes has in memory beside its operands and result."""
+    if config.device != "cuda" or not has_codes:
+        return 0
+    return max(
+        scratch_bytes(tokens, features, inner, deterministic=config.deterministic)
+        for features, inner in share.products()
+    )
 
 
 def _step_bytes(share: Share, dtype: torch.dtype, *, tokens: int, rows: int) -> int:
     spec, tp = share.spec, share.place.grid.tp
     qkv = (share.heads.num_query + 2 * share.heads.num_kv) * spec.head_dim
-    widest = 4 * spec.hidden_size + max(2 * qkv, 3 * -(-max(layer.mlp.size for layer in spec.layers) // tp))
+    widest = 4 * spec.hidden_size + max(2 * qkv, 3 * max(length(share.mlp_columns(index)) for index in share.layers))
     # Float32 logits, and twice that while they are sampled from.
     logits = 3 * rows * -(-spec.vocab_size // tp) * 4 if share.place.is_last else 0
     return tokens * widest * dtype.itemsize + logits
@@ -150,8 +170,13 @@ def free_bytes(device: torch.device, utilization: float, *, ranks_on_node: int =
     """What a rank may use of the device: on a GPU its share of the whole less what others hold."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return int(total * utilization) - (total - free)
+        return gpu_budget(total, utilization, used=total - free)
     return int(_available_ram() * CPU_SHARE) // ranks_on_node
+
+
+def gpu_budget(total: int, utilization: float, *, used: int) -> int:
+    """What a rank may use of a GPU: `used` is what others hold, the driver's own context included."""
+    return int(total * utilization) - used
 
 
 def _available_ram() -> int:

@@ -38,7 +38,7 @@ from .runner import EagerRunner, Runner
 from .sampler import Sampler
 from .share import Share, deal
 from .upload import select_upload
-from .weights import bytes_a_weight
+from .weight_plan import StoredIn, plan_weights
 from .worker import Drawn, DrawnAhead, DrawnAndReturned, Entry, Exit, Known, ModelWorker, Received, Returned, Sent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,12 +130,7 @@ def build_worker(
     max_model_len = config.max_model_len or share.spec.max_len
     free = free_bytes(ops.device, config.gpu_memory_utilization, ranks_on_node=ranks_on_node)
     checkpoint = open_checkpoint(Path(rank_spec.model_path))
-
-    def planned(weight_bytes: int) -> MemoryPlan:
-        plan = partial(plan_memory, share, config, max_model_len=max_model_len, dtype=dtype, weight_bytes=weight_bytes)
-        return plan(free=free) if share.place.rank else plan_beside_draft(rank_spec, plan, free)
-
-    memory = planned(int(share.num_weights() * bytes_a_weight(checkpoint, ops, dtype)))
+    memory = _plan(rank_spec, share, checkpoint, free=free)
     with torch.inference_mode(), _one_thread():
         decoder = load_decoder(
             checkpoint,
@@ -147,8 +142,8 @@ def build_worker(
             layers=share.layers,
             station=station,
         )
-        if decoder.weight_bytes > memory.weight_bytes:  # norms; codes that no kernel takes after all
-            memory = planned(decoder.weight_bytes)
+        if decoder.weight_bytes > memory.weight_bytes:  # codes that no kernel takes after all
+            memory = _plan(rank_spec, share, checkpoint, free=free, loaded=decoder.weight_bytes)
         cache = kv.allocate(
             share,
             num_blocks=memory.num_blocks,
@@ -171,6 +166,23 @@ def build_worker(
         num_threads=num_threads if ops.device.type == "cpu" else None,
     )
     return Rank(worker, share, memory, decoder.weight_bytes)
+
+
+def _plan(rank_spec: RankSpec, share: Share, checkpoint: Checkpoint, *, free: int, loaded: int = 0) -> MemoryPlan:
+    """The rank's memory, of `free` bytes. loaded: what weights have turned out to take, where that is more."""
+    config = rank_spec.engine_config()
+    dtype = DTYPES[config.dtype]
+    weights = plan_weights(share, StoredIn(checkpoint, share.spec.names), device=config.device, dtype=dtype)
+    plan = partial(
+        plan_memory,
+        share,
+        config,
+        max_model_len=config.max_model_len or share.spec.max_len,
+        dtype=dtype,
+        weight_bytes=max(weights.total, loaded),
+        has_codes=weights.has_codes,
+    )
+    return plan(free=free) if share.place.rank else plan_beside_draft(rank_spec, plan, free)
 
 
 def plan_beside_draft(rank_spec: RankSpec, plan: Callable[..., MemoryPlan], free: int) -> MemoryPlan:

@@ -1,6 +1,6 @@
 """What one rank holds of a model: which layers, which heads, how many weights. Pure arithmetic on a `ModelSpec`."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -8,6 +8,8 @@ from ..parallel.grid import Grid, Place
 from ..parallel.partition import HeadCut, cut_heads, cut_layers, cut_mlp, cut_vocab, length
 from .errors import ConfigError
 from .models.spec import ModelSpec
+
+MLP_UNIT = 32  # columns: a dense MLP is cut in these, so that matrix kernels meet whole tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +30,34 @@ class Share:
         """(KV heads, head dim) of the rank's cache, for each of its layers."""
         return self.heads.num_kv, self.spec.head_dim
 
+    def mlp_columns(self, index: int, *, group: int = 1) -> slice:
+        """Of a layer, by global index. group: columns of the matrix that share a scale."""
+        unit = max(group, MLP_UNIT)
+        return cut_mlp(self.spec.layers[index].mlp.size, shard=self.place.shard, size=self.place.grid.tp, unit=unit)
+
+    def products(self) -> Set[tuple[int, int]]:
+        """(out, in) of the products of a layer, of all that differ."""
+        spec, heads, hidden = self.spec, self.heads, self.spec.hidden_size
+        found = {
+            ((heads.num_query + 2 * heads.num_kv) * spec.head_dim, hidden),
+            (hidden, heads.num_query * spec.head_dim),
+        }
+        for index in self.layers:
+            columns = length(self.mlp_columns(index))
+            found |= {((2 if spec.layers[index].mlp.gated else 1) * columns, hidden), (hidden, columns)}
+        return found
+
     def num_weights(self) -> int:
         """Elements of the matrices that this rank holds. Norms and biases, a thousandth of it, are left out."""
         vocabulary = self._vocabulary_weights()
         ends = vocabulary if self.place.is_first else 0
         if self.place.is_last and not (self.place.is_first and self.spec.tied):
             ends += vocabulary
-        return sum(self._layer_weights(index) for index in self.layers) + ends
+        return sum(self.layer_weights(index) for index in self.layers) + ends
 
-    def _layer_weights(self, index: int) -> int:
+    def layer_weights(self, index: int) -> int:
         spec, heads, mlp = self.spec, self.heads, self.spec.layers[index].mlp
-        columns = length(cut_mlp(mlp.size, shard=self.place.shard, size=self.place.grid.tp))
+        columns = length(self.mlp_columns(index))
         attention = (2 * heads.num_query + 2 * heads.num_kv) * spec.head_dim
         return spec.hidden_size * (attention + (3 if mlp.gated else 2) * columns)
 
@@ -81,7 +100,7 @@ def _stages(spec: ModelSpec, grid: Grid, told: Sequence[int] | None) -> list[ran
         raise ConfigError(f"--pipeline-parallel-size {grid.pp}: {spec.family} has {num} layers; possible: 1 to {num}")
     if told is None:
         whole = Share(spec, Grid().place(0), range(num))
-        costs = [whole._layer_weights(index) for index in range(num)]
+        costs = [whole.layer_weights(index) for index in range(num)]
         return cut_layers(costs, stages=grid.pp, head=spec.vocab_size * spec.hidden_size)
     if len(told) != grid.pp or sum(told) != num or min(told) < 1:
         listed = ",".join(map(str, told))

@@ -21,22 +21,21 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 24  # weights that are converted at once: bounds the memory beside the result
 
-BITS = {Kind.INT4: 5, Kind.INT8: 9, Kind.FLOAT8: 9}
-"""Of a weight that stays as codes, scales and zeros of groups of 32 included."""
 
+def find_prefix(checkpoint: Checkpoint, names: Names) -> str:
+    """What stands before the base model's names: it depends on which class saved the checkpoint.
 
-def bytes_a_weight(checkpoint: Checkpoint, ops: Ops, dtype: torch.dtype) -> float:
-    """What a weight of the checkpoint's matrices will take here, on average: for a plan, before anything is read."""
-    kinds = select_kernels(ops.device, dtype, deterministic=ops.deterministic).kinds
-    num_weights, bits = 0, 0
-    for name in checkpoint.names():
-        shape = checkpoint.shape(name)
-        if len(shape) == 2:
-            form = checkpoint.form(name)
-            kind = None if form is None else form.kind
-            num_weights += shape[0] * shape[1]
-            bits += shape[0] * shape[1] * (8 * dtype.itemsize if kind is None or kind not in kinds else BITS[kind])
-    return bits / 8 / num_weights if num_weights else dtype.itemsize
+    Raises: CheckpointError where it holds no model of these names.
+    """
+    stored, first = frozenset(checkpoint.names()), names.layer.format(0)
+    for prefix in names.prefixes:
+        if f"{prefix}{names.embedding}.weight" in stored or f"{prefix}{first}{names.down}.weight" in stored:
+            return prefix
+    expected = f"{names.prefixes[0]}{names.embedding}.weight"
+    raise CheckpointError(
+        f"{checkpoint.file_of(expected)}: tensor {expected!r}: expected (with a prefix out of "
+        f"{', '.join(repr(prefix) for prefix in names.prefixes)}), found {len(stored)} tensors of other names"
+    )
 
 
 class WeightReader:
@@ -53,22 +52,7 @@ class WeightReader:
         self._kernels = select_kernels(self.device, dtype, deterministic=ops.deterministic)
         self._warned: set[str] = set()
         self._table: tuple[list[Piece], Layer] | None = None  # the head's rows, for an embedding that is tied to it
-        self.prefix = self._find_prefix(names)
-
-    def _find_prefix(self, names: Names) -> str:
-        """What stands before the base model's names: it depends on which class saved the checkpoint."""
-        first = names.layer.format(0)
-        for prefix in names.prefixes:
-            if (
-                f"{prefix}{names.embedding}.weight" in self._names
-                or f"{prefix}{first}{names.down}.weight" in self._names
-            ):
-                return prefix
-        expected = f"{names.prefixes[0]}{names.embedding}.weight"
-        raise CheckpointError(
-            f"{self._checkpoint.file_of(expected)}: tensor {expected!r}: expected (with a prefix out of "
-            f"{', '.join(repr(prefix) for prefix in names.prefixes)}), found {len(self._names)} tensors of other names"
-        )
+        self.prefix = find_prefix(checkpoint, names)
 
     def has(self, module: str) -> bool:
         return f"{module}.weight" in self._names

@@ -206,5 +206,5 @@ def test_there_are_tickets_for_every_split_tile() -> None:
 
 
 def test_a_weight_is_unpacked_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.kernels.quant_matmul._SLAB_WEIGHTS", 20 * 64)
+    monkeypatch.setattr("shoal.kernels.quant_tiles._SLAB_WEIGHTS", 20 * 64)
     check(*int8(50, 64, 64), rows=600, dtype=torch.bfloat16, spare=2**-8)
