@@ -111,6 +111,11 @@ class Admission:
     def in_flight(self) -> int:
         return self._queue.in_flight
 
+    @property
+    def load(self) -> float:
+        """Generations in flight or waiting, as a share of the places: from 1 on who comes waits."""
+        return self._queue.load
+
     def check(self, tenant: Tenant) -> Degradation:
         """Refuse before the body is read, so that it costs next to nothing. Gives what is to be given up at this load.
 

@@ -6,7 +6,8 @@ Handlers take the raw request, so that every refusal, from a wrong method to a m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -16,16 +17,18 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalError
+from ..runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalError, Unavailable
 from . import request_log
 from .auth import Guard
 from .body import ClientGone, read_json
 from .headers import Asks, read_asks
 from .health import describe_cluster
 from .http import error_response
-from .ingress import Ingress, Launch
+from .ingress import Ingress
+from .launch import Launch
 from .metrics import CONTENT_TYPE
 from .model import Model
+from .prepare import Job
 from .request_log import EXCHANGE, Exchange, Overhear
 from .responses import ChatShape, CompletionShape, Heading, Shape, Speller, usage_of
 from .schema import (
@@ -74,18 +77,12 @@ class Handlers:
     async def chat(self, request: Request) -> Response:
         """Answer a conversation, streamed or not."""
         body = await self._read(ChatRequest, request)
-        asks = read_asks(request.scope["headers"])
-        launch = await self._ingress.chat(body, request.scope["shoal.tenant"], asks)
-        shape = ChatShape(_heading(launch, body), launch.asked.job, _speller(launch.asked.model, body))
-        return await self._answer(request, body, asks, launch=launch, shape=shape)
+        return await self._serve(request, body, partial(self._ingress.chat, body), shape=ChatShape)
 
     async def completion(self, request: Request) -> Response:
         """Go on with one or many prompts, streamed or not."""
         body = await self._read(CompletionRequest, request)
-        asks = read_asks(request.scope["headers"])
-        launch = await self._ingress.completion(body, request.scope["shoal.tenant"], asks)
-        shape = CompletionShape(_heading(launch, body), launch.asked.job, _speller(launch.asked.model, body))
-        return await self._answer(request, body, asks, launch=launch, shape=shape)
+        return await self._serve(request, body, partial(self._ingress.completion, body), shape=CompletionShape)
 
     async def tokenize(self, request: Request) -> Response:
         """A prompt or a conversation as token ids."""
@@ -132,8 +129,13 @@ class Handlers:
     async def cluster(self, request: Request) -> Response:
         """Every replica, its state, and what each of its ranks holds and where; and how the router itself stands."""
         ingress = self._ingress
-        is_draining = ingress.admission.draining
-        return _json(describe_cluster(ingress.replicas(), ingress.metrics, is_draining=is_draining))
+        described = describe_cluster(
+            ingress.replicas(),
+            ingress.metrics,
+            variants=ingress.variants.describe(),
+            is_draining=ingress.admission.draining,
+        )
+        return _json(described)
 
     async def version(self, request: Request) -> Response:
         return _json({"version": _version()})
@@ -143,11 +145,39 @@ class Handlers:
         headers = dict(request.scope["headers"])
         return parse(kind, await read_json(headers, request.receive, self._ingress.config))
 
+    async def _serve(
+        self,
+        request: Request,
+        body: SamplingBody,
+        launch: Callable[..., Awaitable[Launch]],
+        *,
+        shape: Callable[[Heading, Job, Speller], Shape],
+    ) -> Response:
+        """The answer of the first variant that has one: nothing is sent before there is something of it."""
+        asks = read_asks(request.scope["headers"])
+        avoid: frozenset[str] = frozenset()
+        began, named = time.monotonic(), [at for at in (body.timeout, asks.timeout_s) if at is not None]
+        while True:
+            launched = await launch(request.scope["shoal.tenant"], asks, avoid=avoid)
+            shaped = shape(_heading(launched, body), launched.asked.job, _speller(launched.asked.model, body))
+            try:
+                return await self._answer(request, body, asks, launch=launched, shape=shaped)
+            except Unavailable:
+                avoid |= {launched.asked.model.name}
+                if not self._ingress.may_go_elsewhere(launched, asks, avoid):
+                    raise
+                if named:
+                    left_s = max(0.001, min(named) - (time.monotonic() - began))
+                    asks = msgspec.structs.replace(asks, timeout_s=left_s)
+
     async def _answer(
         self, request: Request, body: SamplingBody, asks: Asks, *, launch: Launch, shape: Shape
     ) -> Response:
         exchange = _exchange(request)
-        exchange.launched(launch.asked.job, launch.flight, model=launch.asked.model.names[0], stream=bool(body.stream))
+        asked = launch.asked
+        exchange.launched(
+            asked.job, launch.flight, model=asked.model.names[0], part=asked.model.name, stream=bool(body.stream)
+        )
         options = body.stream_options
         answer = Answer(
             flight=launch.flight,
@@ -159,6 +189,7 @@ class Handlers:
             headers=launch.headers,
             has_ids=asks.idempotency_key is not None or asks.received is not None,
             received=asks.received,
+            is_held=lambda: asked.model.is_asleep,
         )
         return await respond(answer, request.receive, stream=bool(body.stream))
 

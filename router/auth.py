@@ -16,7 +16,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..runtime.errors import InvalidRequest, Unauthorized
-from .config import RouterConfig
+from .config import RouterConfig, digest_of
 from .http import error_response
 from .request_log import EXCHANGE, REQUEST_ID, Exchange, request_id
 from .store import Store
@@ -37,7 +37,7 @@ class Keys:
         self._tenants = {tenant.name: tenant_of(tenant, seals) for tenant in config.tenants}
         self._known: dict[bytes, tuple[bytes, Tenant]] = {}  # by name, with the digest
         for number, key in enumerate(config.api_keys, 1):
-            digest = hashlib.sha256(key.encode()).digest()
+            digest = bytes.fromhex(digest_of(key).removeprefix("sha256:"))
             self._known[seals.name(digest)] = digest, Tenant(name=f"key-{number}", salt=seals.salt(digest))
         for tenant in config.tenants:
             for text in tenant.keys:

@@ -41,6 +41,10 @@ class ReplicaLost(e.EngineDead):
     """
 
 
+class ReplicaLeft(e.Unavailable):
+    """The replica said that it would go, and has gone with the log unfinished: another goes on, nobody is to blame."""
+
+
 class Status(msgspec.Struct, frozen=True, array_like=True):
     """A replica's word on itself. problem: why it takes no work; None where it does. ranks: its grid."""
 
@@ -53,7 +57,8 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     """What an ingress knows of one replica that is connected: what a balancer chooses by.
 
     problem: why it takes no work, or does not answer; None where it is ready. stats, ranks: its last word. in_flight:
-    this ingress's generations on it. heard_s: seconds since anything came from it.
+    this ingress's generations on it. heard_s: seconds since anything came from it. digest: of the model it serves.
+    is_leaving: it is to go, and others are to take what is new.
 
     How this ingress corrects `stats` (router/ledger.py). num_sent, tokens_sent, prefill_sent: its generations that are
     not counted there yet, the most that they may cost, and what of it is prompt that is yet to be computed and not in
@@ -67,6 +72,8 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int
     tokens_sent: int
     heard_s: float = 0.0
+    digest: str = ""
+    is_leaving: bool = False
     num_sent: int = 0
     prefill_sent: int = 0
     num_ended: int = 0

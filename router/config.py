@@ -77,7 +77,10 @@ class RouterConfig(BaseModel):
         (), description="Names clients may ask for, the first one is listed first; default: the model's own name."
     )
     api_keys: tuple[Annotated[str, AfterValidator(check_key)], ...] = Field(
-        (), repr=False, description="Keys that open the API; without one no key is asked for."
+        (), repr=False, description="Keys that open the API, or their digests; without one no key is asked for."
+    )
+    api_key_file: Path | None = Field(
+        None, description="A file with one key, or its digest, a line; at this place on every node with an ingress."
     )
     chat_template: Path | None = Field(
         None, description="A file with a Jinja template for conversations; default: the model's own."
@@ -88,6 +91,7 @@ class RouterConfig(BaseModel):
         repr=False,
         description="Makes the salts of tenants; default: drawn at start, one for each process.",
     )
+    secret_file: Path | None = Field(None, description="A file with it instead, at this place on every node.")
     max_in_flight: int = Field(1024, ge=1, description="Generations admitted and unfinished; more are refused (429).")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, le=2**28, description="Longest request body; over it: 413.")
     max_header_bytes: int = Field(16 * 2**10, ge=1024, description="Names and values of all headers together.")
@@ -127,6 +131,11 @@ class RouterConfig(BaseModel):
     vllm_metrics: bool = Field(False, description="Serve the metrics that dashboards use under vLLM's names, too.")
     log_prompts: bool = Field(False, description="Write prompts and answers to the request log.")
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether somebody is kept out."""
+        return bool(self.api_keys or self.tenants or self.api_key_file)
+
     @model_validator(mode="after")
     def _check(self) -> RouterConfig:
         loads = [rung.load for rung in self.ladder]
@@ -135,7 +144,7 @@ class RouterConfig(BaseModel):
         names = [tenant.name for tenant in self.tenants]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two tenants have the name {twice[0]}")
-        owners: dict[str, str] = {_digest(key): "api_keys" for key in self.api_keys}
+        owners: dict[str, str] = {digest_of(key): "api_keys" for key in self.api_keys}
         for tenant in self.tenants:
             for key in tenant.keys:
                 if owners.setdefault(key, tenant.name) != tenant.name:
@@ -143,5 +152,7 @@ class RouterConfig(BaseModel):
         return self
 
 
-def _digest(key: str) -> str:
-    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+def digest_of(key: str) -> str:
+    """`sha256:` and hexadecimal digits; of a digest itself."""
+    is_digest = re.fullmatch("sha256:[0-9a-f]{64}", key)
+    return key if is_digest else "sha256:" + hashlib.sha256(key.encode()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
@@ -19,19 +19,25 @@ IDEMPOTENCY_KEY = "idempotency-key"
 LAST_EVENT_ID = "last-event-id"
 TIMEOUT = "x-shoal-timeout"
 DEADLINE = "x-shoal-deadline"
-MAX_IDEMPOTENCY_KEY = 255
+SESSION = "x-shoal-session"
+VARIANT = "x-shoal-variant"
+MAX_WORD = 255  # characters of a key, a session or a variant's name
+_READ = frozenset({CACHE, IDEMPOTENCY_KEY, LAST_EVENT_ID, TIMEOUT, DEADLINE, SESSION, VARIANT})
 _EVENT_ID = re.compile(r"[0-9]{1,10}(\.[0-9]{1,10})*")
 
 
 class Asks(msgspec.Struct, frozen=True, kw_only=True):
     """cache: None leaves it to the config. received: tokens of each choice that the client has had already, as the last
-    event's id says; None where this is no continuation. timeout_s: from now.
+    event's id says; None where this is no continuation. timeout_s: from now. session: what the request belongs to.
+    variant: the one that is to answer.
     """
 
     cache: CacheMode | None = None
     idempotency_key: str | None = None
     received: list[int] | None = None
     timeout_s: float | None = None
+    session: str | None = None
+    variant: str | None = None
 
 
 def read_asks(headers: Iterable[tuple[bytes, bytes]], *, now: Callable[[], float] = time.time) -> Asks:
@@ -43,15 +49,17 @@ def read_asks(headers: Iterable[tuple[bytes, bytes]], *, now: Callable[[], float
     given: dict[str, str] = {}
     for raw_name, raw_value in headers:
         name = raw_name.decode("latin-1")
-        if name in (CACHE, IDEMPOTENCY_KEY, LAST_EVENT_ID, TIMEOUT, DEADLINE):
+        if name in _READ:
             if name in given:
                 raise InvalidRequest(f"the header {name} was sent twice", param=name)
             given[name] = raw_value.decode("latin-1").strip()
     return Asks(
         cache=_mode(given.get(CACHE)),
-        idempotency_key=_key(given.get(IDEMPOTENCY_KEY)),
+        idempotency_key=_word(given, IDEMPOTENCY_KEY),
         received=event_id_counts(given.get(LAST_EVENT_ID)),
         timeout_s=_timeout(given.get(TIMEOUT), given.get(DEADLINE), now),
+        session=_word(given, SESSION),
+        variant=_word(given, VARIANT),
     )
 
 
@@ -82,12 +90,10 @@ def _mode(value: str | None) -> CacheMode | None:
         raise InvalidRequest(f"{CACHE} is {value!r:.80}; it must be one of {modes}", param=CACHE) from None
 
 
-def _key(value: str | None) -> str | None:
-    if value is not None and not 1 <= len(value) <= MAX_IDEMPOTENCY_KEY:
-        raise InvalidRequest(
-            f"{IDEMPOTENCY_KEY} has {len(value)} characters; it must have 1 to {MAX_IDEMPOTENCY_KEY}",
-            param=IDEMPOTENCY_KEY,
-        )
+def _word(given: Mapping[str, str], name: str) -> str | None:
+    value = given.get(name)
+    if value is not None and not 1 <= len(value) <= MAX_WORD:
+        raise InvalidRequest(f"{name} has {len(value)} characters; it must have 1 to {MAX_WORD}", param=name)
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import Counter, Gauge
@@ -12,11 +12,16 @@ from .metrics import RouterMetrics
 
 
 def describe_cluster(
-    replicas: Mapping[str, ReplicaState], metrics: RouterMetrics, *, is_draining: bool
+    replicas: Mapping[str, ReplicaState],
+    metrics: RouterMetrics,
+    *,
+    variants: Sequence[Mapping[str, Any]],
+    is_draining: bool,
 ) -> dict[str, Any]:
-    """`/v1/cluster`: every replica as it is known here, and this router."""
+    """`/v1/cluster`: every replica and every variant as it is known here, and this router."""
     return {
         "replicas": [_replica(replica, state) for replica, state in replicas.items()],
+        "variants": variants,
         "router": {
             "draining": is_draining,
             "in_flight": int(_sum(metrics.in_flight)),
@@ -34,6 +39,7 @@ def _replica(replica: str, state: ReplicaState) -> dict[str, Any]:
         "id": replica,
         "ready": state.problem is None,
         "state": state.problem or "ready",
+        "leaving": state.is_leaving,
         "heard_s": round(state.heard_s, 3),
         "running": stats.num_running,
         "waiting": stats.num_waiting,

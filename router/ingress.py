@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from functools import partial
-from typing import NamedTuple
 
 import msgspec
 
@@ -20,56 +20,37 @@ from .admission import Admission, Grant
 from .auth import Keys, keys_of
 from .backend import Backend, ModelInfo, ReplicaState
 from .balance import Balancer
-from .cache import CacheMode, CacheStatus, Caching, Reading, ResponseCache
+from .cache import Reading, ResponseCache
 from .config import RouterConfig
 from .flight import Flight
-from .headers import CACHE, CACHE_AGE, DEGRADED, IDEMPOTENCY_KEY, LAST_EVENT_ID, Asks
+from .headers import VARIANT, Asks
+from .homes import Homes
 from .ladder import NOTHING, Degradation
+from .launch import Asked, Launch
 from .metrics import Peers, RouterMetrics, nobody
 from .model import Model
 from .prepare import Job, Preparer
 from .rates import Rates
+from .rollback import Court, Verdict
+from .rollout_config import STABLE, RolloutConfig
 from .schema import Body, ChatRequest, CompletionRequest, SamplingBody
+from .scopes import Scopes, of_choice, received_of
+from .shadow import Shadows
 from .store import NoStore, Store
 from .tenant import Tenant
 from .text import Choice
-
-SHARED_SCOPE = "shared"  # no salt looks like it
-
-
-class Asked(NamedTuple):
-    """A request, understood. id: of the answer."""
-
-    id: str
-    job: Job
-    model: Model
-    tenant: Tenant
-    caching: Caching
-
-
-class Launch(NamedTuple):
-    """An admitted request, and the flight that brings the answer. limits: headers on how the tenant's rates stand."""
-
-    asked: Asked
-    flight: Flight
-    limits: dict[str, str]
-
-    def headers(self) -> dict[str, str]:
-        """Of the answer, once its first pieces are there."""
-        status, age_s = self.flight.origin()
-        headers = {CACHE: status.value, **self.limits}
-        if status is CacheStatus.HIT:
-            headers[CACHE_AGE] = str(int(age_s))
-        if degraded := self.asked.job.degraded:
-            headers[DEGRADED] = ", ".join(f"{what}={limit}" for what, limit in degraded.items())
-        return headers
+from .variants import Variants
+from .verdicts import Bulletin
 
 
 class Ingress:
     """The router of one process. Everything that varies is handed in; it is closed until a replica has answered.
 
-    store: where keys and rates are shared between ingresses; None where each is by itself. clock: for admission alone.
-    peers: tells the other ingresses what this one has counted and returns what they tell (see `metrics.py`).
+    It has the main model's stable variant from the start (`backend`); other variants and further models come and go.
+
+    store: where keys, rates and verdicts are shared between ingresses; None where each is by itself. clock: for
+    admission and rollbacks. rng: for which variant. peers: tells the other ingresses what this one has counted and
+    returns what they tell (see `metrics.py`).
     """
 
     def __init__(
@@ -83,26 +64,37 @@ class Ingress:
         metrics: RouterMetrics | None = None,
         peers: Peers = nobody,
         clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
     ) -> None:
         self.config = config
         self.keys: Keys = keys_of(config, store, clock=clock)
         self.metrics = metrics or RouterMetrics()
+        self._scopes = Scopes(self.keys, config)
         self._clock = clock
-        self.admission = Admission(
-            config, rates=Rates(store or NoStore(), clock=clock), meter=self.metrics.admission, clock=clock
+        shared = store or NoStore()
+        self.admission = Admission(config, rates=Rates(shared, clock=clock), meter=self.metrics.admission, clock=clock)
+        self.model = self._model(backend, STABLE, names=config.served_model_name, balancer=balancer, cache=cache)
+        self._further: dict[str, Model] = {}
+        self._leaving: list[Model] = []
+        self._court = Court(clock=clock, on_verdict=self._taken_back)
+        self.variants = Variants(
+            self.model,
+            secret=bytes.fromhex(self.keys.salt(b"variants")),
+            homes=Homes(shared, salt=self.keys.salt, config=config),
+            court=self._court,
+            meter=self.metrics.variants,
+            rng=rng or random.Random(),
         )
-        self.model = Model(
-            backend,
-            names=config.served_model_name,
-            balancer=balancer,
-            cache=cache,
-            config=config,
-            meter=self.metrics.resume,
-            clock=clock,
+        self._bulletin = Bulletin(shared, self._court, find=self.variants.get, salt=self.keys.salt)
+        self._shadows = Shadows(
+            self.variants.get,
+            meter=self.metrics.variants,
+            rng=rng or random.Random(),
+            has_queue=lambda: self.admission.load > 1.0,
+            logs_text=config.log_prompts,
         )
-        self._all = [self.model]
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
-        self.metrics.watch(self.replicas)
+        self.metrics.watch(self.replicas, self.variants.shares)
         self._peers = peers
         self._flights: set[Flight] = set()
         self._scraping = asyncio.Lock()
@@ -111,18 +103,88 @@ class Ingress:
         """Take requests for the main model from now on: see `Model.open`."""
         self.model.open(info, text, cache=cache)
 
-    def add(self, backend: Backend, *, name: str, balancer: Balancer | None = None) -> Model:
-        """One more model, which clients may ask for, and to which requests fall where a rung of the ladder says so."""
-        model = Model(
+    def add_variant(self, name: str, backend: Backend, *, balancer: Balancer | None = None) -> Model:
+        """One more variant of the main model. It gets its share from when it is open (`Model.open`), one of its
+        replicas is ready and the rollout gives it one. `name` is not in use."""
+        model = self._model(backend, name, names=self.model.given_names, balancer=balancer)
+        self.variants.add(model)
+        self._void(model)
+        return model
+
+    def add(self, backend: Backend, *, name: str, balancer: Balancer | None = None, names: Sequence[str] = ()) -> Model:
+        """One more model, which clients may ask for, and to which requests fall where a rung of the ladder says so.
+
+        name: of the part, in metrics; not in use. names: what clients call it; default: `name`.
+        """
+        assert self.part(name) is None, f"there is a part {name!r} already"
+        model = self._further[name] = self._model(backend, name, names=names or [name], balancer=balancer)
+        return model
+
+    def part(self, name: str) -> Model | None:
+        """The variant or further model of that name."""
+        return self.variants.get(name) or self._further.get(name)
+
+    def drop(self, name: str) -> Model:
+        """A variant or further model gets nothing new from now on. What runs there ends there; where its replicas go
+        before that, it goes on at a variant whose model's digest is equal, if there is one. Its backend is the caller's
+        to close once it is `Model.unused`."""
+        if name in self._further:
+            model = self._further.pop(name)
+        else:
+            model = self.variants.drop(name)
+            self._void(model)
+        model.dropped = True
+        self._leaving.append(model)
+        return model
+
+    def roll_out(self, config: RolloutConfig) -> None:
+        """Which variant answers, from the next request on; what runs, runs on. At any time, as often as one likes.
+
+        Names without a variant are ignored until one is added. A variant that was taken back stays so until its own
+        weight or the bounds are others, or it is added anew.
+        """
+        self.variants.roll_out(config)
+        self._shadows.roll_out(config)
+        self._bulletin.watch()
+
+    def _model(
+        self,
+        backend: Backend,
+        name: str,
+        *,
+        names: Sequence[str],
+        balancer: Balancer | None,
+        cache: ResponseCache | None = None,
+    ) -> Model:
+        return Model(
             backend,
-            names=[name],
+            name=name,
+            names=names,
             balancer=balancer,
+            cache=cache,
             config=self.config,
             meter=self.metrics.resume,
             clock=self._clock,
+            twin=self._twin_of,
+            on_change=self._void,
         )
-        self._all.append(model)
-        return model
+
+    def _twin_of(self, model: Model) -> Model | None:
+        return self.variants.twin_of(model)
+
+    def _void(self, variant: Model) -> None:
+        """What was found of it is of another one."""
+        self._court.forget(variant.name)
+        self._bulletin.forget(variant.name)
+
+    def _taken_back(self, name: str, verdict: Verdict) -> None:
+        self.metrics.variants.rollbacks.labels(name, verdict.bound).inc()
+
+    @property
+    def _all(self) -> list[Model]:
+        """Also those that were dropped, while anything runs there."""
+        self._leaving = [model for model in self._leaving if model.is_used]
+        return [*self.variants.members, *self._further.values(), *self._leaving]
 
     def check_open(self) -> None:
         """Raises Unavailable before the main model is open."""
@@ -132,7 +194,7 @@ class Ingress:
     def models(self) -> list[Model]:
         """Those that can be asked for now. Raises Unavailable before the main one is open."""
         self.check_open()
-        return [model for model in self._all if model.is_open]
+        return [self.model, *(model for model in self._further.values() if model.is_open)]
 
     def model_of(self, name: str) -> Model:
         """Raises NotFound: we do not serve it. Unavailable."""
@@ -145,25 +207,51 @@ class Ingress:
             f"the model {name!r:.80} does not exist; this server serves {served}", param="model", code="model_not_found"
         )
 
-    async def chat(self, body: ChatRequest, tenant: Tenant, asks: Asks) -> Launch:
-        """Raises RequestError, Unavailable: then nothing has run."""
-        return await self._take(body, tenant, asks, kind="chatcmpl", read=partial(Preparer.chat, body=body))
+    async def chat(
+        self, body: ChatRequest, tenant: Tenant, asks: Asks, *, avoid: frozenset[str] = frozenset()
+    ) -> Launch:
+        """avoid: variants that could not answer it. Raises RequestError, Unavailable: then nothing has run."""
+        read = partial(Preparer.chat, body=body)
+        return await self._take(body, tenant, asks, kind="chatcmpl", read=read, avoid=avoid)
 
-    async def completion(self, body: CompletionRequest, tenant: Tenant, asks: Asks) -> Launch:
-        """Raises RequestError, Unavailable: then nothing has run."""
-        return await self._take(body, tenant, asks, kind="cmpl", read=partial(Preparer.completion, body=body))
+    async def completion(
+        self, body: CompletionRequest, tenant: Tenant, asks: Asks, *, avoid: frozenset[str] = frozenset()
+    ) -> Launch:
+        """avoid: variants that could not answer it. Raises RequestError, Unavailable: then nothing has run."""
+        read = partial(Preparer.completion, body=body)
+        return await self._take(body, tenant, asks, kind="cmpl", read=read, avoid=avoid)
+
+    def may_go_elsewhere(self, launch: Launch, asks: Asks, avoid: frozenset[str]) -> bool:
+        """Whether a request that its variant had no replica for, and of which nothing was sent, may go to another one.
+
+        avoid: that variant, and those that it was with before.
+        """
+        is_free = asks.variant is None and asks.received is None and not self.admission.draining
+        return is_free and launch.asked.trial.has_failed and self.variants.has_other(launch.asked.model, avoid)
 
     async def _take(
-        self, body: SamplingBody, tenant: Tenant, asks: Asks, *, kind: str, read: Callable[..., Awaitable[Job]]
+        self,
+        body: SamplingBody,
+        tenant: Tenant,
+        asks: Asks,
+        *,
+        kind: str,
+        read: Callable[..., Awaitable[Job]],
+        avoid: frozenset[str],
     ) -> Launch:
         """`read`: how a preparer makes a job of such a body. kind: of answer, as its id says it."""
         model, given_up = self._choose(body, tenant, asks)
+        if model is self.model:
+            model = await self.variants.choose(tenant, asks, user=body.user, avoid=avoid)
+        elif asks.variant is not None:
+            raise InvalidRequest(f"{VARIANT} is for {self.model.names[0]}; no other model has any", param=VARIANT)
         prepare = Preparer(model.text, model.info, self.config, given_up=given_up, timeout_s=asks.timeout_s)
-        as_asked = msgspec.structs.replace(tenant, salt=self._salt(body, tenant))
+        as_asked = msgspec.structs.replace(tenant, salt=self._scopes.salt(body, tenant))
         job = await read(prepare, id=uuid.uuid4().hex, tenant=as_asked)
-        id = f"{kind}-{self._answer_id(tenant, asks)}"
-        asked = Asked(id, job, model, tenant, self._caching(body, tenant, asks))
-        return await self._launch(asked, received=_received(job, body, asks))
+        id = f"{kind}-{self._scopes.answer_id(tenant, asks)}"
+        trial = self._court.trial(model.name, has_deadline=body.timeout is not None or asks.timeout_s is not None)
+        asked = Asked(id, job, model, tenant, self._scopes.caching(body, tenant, asks), trial)
+        return await self._launch(asked, received=received_of(job, body, asks))
 
     def preparer(self, body: Body) -> Preparer:
         """Raises NotFound: the body asks for a model that we do not serve."""
@@ -192,7 +280,8 @@ class Ingress:
         """Raises Unavailable, with the reason, unless a replica can take work now."""
         if self.admission.draining:
             raise Unavailable("the server is draining", retry_after=1.0)
-        await self.model.backend.ready()
+        if not self.variants.can_answer:
+            await self.model.backend.ready()
 
     async def scrape(self) -> bytes:
         """Prometheus text: all ingresses and all replicas."""
@@ -216,6 +305,8 @@ class Ingress:
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, let what runs go on for `timeout_s`, then end it with a terminal event each."""
         self.admission.drain()
+        self._court.is_closed = True
+        self._bulletin.close()
         deadline = time.monotonic() + timeout_s
         while self._flights and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -225,6 +316,7 @@ class Ingress:
             flight.fail(Unavailable("the server is shutting down before the answer's end", retry_after=1.0))
         for model in self._all:
             await model.cache.close()
+        await self._shadows.close()
         await self.admission.close()
 
     async def _launch(self, asked: Asked, *, received: Sequence[int]) -> Launch:
@@ -240,17 +332,22 @@ class Ingress:
             for i, (request, output, had) in enumerate(zip(job.requests, outputs, received, strict=True))
         ]
 
+        counts, using = self.metrics.part(model.name), ExitStack()
+        using.enter_context(model.in_use())
+
         def landed(choice: Choice, event: TokenEvent) -> None:
-            self.metrics.landed(choice, event, began)
+            counts.landed(choice, event, began)
 
         def ended() -> None:
             grant.close(flight.error)
+            asked.trial.close()
+            using.close()
             self._flights.discard(flight)
-            self.metrics.e2e.observe(self._clock() - began)
+            counts.e2e.observe(self._clock() - began)
 
         def read(choice: Choice) -> Reading:
             lead = partial(self._lead, asked=asked, grant=grant, told=choice.attempts.append)
-            return model.cache.open(choice.request, lead, _of_choice(asked.caching, choice.index))
+            return model.cache.open(choice.request, lead, of_choice(asked.caching, choice.index))
 
         flight = Flight(choices, read, on_event=landed, on_end=ended)
         self._flights.add(flight)
@@ -271,6 +368,9 @@ class Ingress:
         with ExitStack() as stack:
             grant.open()
             stack.callback(grant.close)
+            stack.enter_context(asked.model.in_use())
+            if self.admission.load >= 1.0:
+                self._shadows.shed()
             place = await self.admission.place(
                 asked.tenant,
                 priority=request.priority,
@@ -280,69 +380,13 @@ class Ingress:
             stack.callback(place.close)
             grant.use(len(request.prompt))
             request = msgspec.structs.replace(request, timeout_s=max(0.001, deadline - self._clock()))
+            stack.enter_context(asked.trial.log(is_timed=not asked.model.is_asleep))
+            original = stack.enter_context(self._shadows.copy(request, of=asked.model.name))
             async with aclosing(asked.model.resume.follow(request, on_attempt=told)) as batches:
                 async for batch in batches:
                     num_tokens = sum(len(event.tokens) for event in batch)
                     place.charge(num_tokens)
                     grant.use(num_tokens)
+                    asked.trial.came(batch)
+                    original.came(batch)
                     yield batch
-
-    def _answer_id(self, tenant: Tenant, asks: Asks) -> str:
-        """The same whenever the request is sent again under its key."""
-        if asks.idempotency_key is None:
-            return uuid.uuid4().hex
-        return self.keys.salt(tenant.salt.encode(), b"answer", asks.idempotency_key.encode())[:32]
-
-    def _caching(self, body: SamplingBody, tenant: Tenant, asks: Asks) -> Caching:
-        """What `body` may be answered from. What is neither looked up nor stored can be continued all the same."""
-        mode = asks.cache or CacheMode.AUTO
-        if self.config.cache_mode == "off" and mode is not CacheMode.ONLY:
-            mode = CacheMode.BYPASS
-        is_reproducible = body.temperature == 0 or body.seed is not None or self.config.cache_mode == "all"
-        idempotency = None
-        if asks.idempotency_key is not None:
-            idempotency = (asks.idempotency_key, 0)
-            is_reproducible = is_reproducible and mode is not CacheMode.BYPASS
-            if not is_reproducible and mode is not CacheMode.ONLY:
-                mode = CacheMode.AUTO  # a second log under this name would not go on where the first one was left
-        if asks.received is not None and idempotency is None and not is_reproducible:
-            raise InvalidRequest(
-                f"{LAST_EVENT_ID} needs the {IDEMPOTENCY_KEY} under which the request was first sent: an answer that "
-                "was sampled without a seed cannot be made again",
-                param=LAST_EVENT_ID,
-            )
-        # Keys are the tenant's own, also where it shares: another one may have hit on the same.
-        is_shared = tenant.shares_cache and body.cache_salt is None and (is_reproducible or idempotency is None)
-        return Caching(
-            mode=mode,
-            scope=SHARED_SCOPE if is_shared else self._salt(body, tenant),
-            is_reproducible=is_reproducible,
-            idempotency=idempotency,
-            resumes=asks.received is not None,
-        )
-
-    def _salt(self, body: SamplingBody, tenant: Tenant) -> str:
-        return (
-            tenant.salt if body.cache_salt is None else self.keys.salt(tenant.salt.encode(), body.cache_salt.encode())
-        )
-
-
-def _received(job: Job, body: SamplingBody, asks: Asks) -> list[int]:
-    """Tokens that the client has had, of each choice. Raises InvalidRequest."""
-    num_choices = len(job.requests)
-    if asks.received is None:
-        return [0] * num_choices
-    if not body.stream:
-        raise InvalidRequest(f"{LAST_EVENT_ID} needs stream: true", param=LAST_EVENT_ID)
-    if len(asks.received) != num_choices:
-        raise InvalidRequest(
-            f"{LAST_EVENT_ID} counts the tokens of {len(asks.received)} choices; this request has {num_choices}",
-            param=LAST_EVENT_ID,
-        )
-    return asks.received
-
-
-def _of_choice(caching: Caching, index: int) -> Caching:
-    if caching.idempotency is None:
-        return caching
-    return msgspec.structs.replace(caching, idempotency=(caching.idempotency[0], index))

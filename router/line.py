@@ -72,6 +72,10 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     stream: int
 
 
+class Release(msgspec.Struct, frozen=True, array_like=True, tag="release"):
+    """The answer to a goodbye, once another replica takes this ingress's work: nothing new comes over this line."""
+
+
 class Recite(msgspec.Struct, frozen=True, array_like=True, tag="recite"):
     """A `Cached` was missed: say from the start what is cached."""
 
@@ -121,10 +125,10 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
 
 
 class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
-    """The replica takes no more; what runs goes on."""
+    """The replica is to go. What runs goes on, and until it is released it takes what nobody else can take."""
 
 
-FromIngress = Submit | Abort | Recite
+FromIngress = Submit | Abort | Release | Recite
 FromReplica = Welcome | Beat | Cached | Begun | Events | Failed | Goodbye
 
 

@@ -2,7 +2,8 @@
 
 Ray Serve places, watches and restarts replicas; `find` asks it where they listen. A replica whose connection breaks, or
 that says nothing for `silence_s`, is lost with every generation on it, and looked for at once. One that said goodbye
-before is not lost: it has left, and what it had not finished was handed over.
+before is not lost: it has left, and what it had not finished was handed over. It is released as soon as another one is
+ready for what comes new; until then it takes that, too, so that nobody is refused while one replaces the other.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import logging
 import random
 import socket
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 
 import msgspec
@@ -19,7 +21,7 @@ from ..runtime.blocks import Changes
 from ..runtime.errors import ShoalError, TooLarge, Unavailable
 from ..runtime.generation import GenerationRequest, TokenEvent
 from ..runtime.stats import Stats
-from .backend import ModelInfo, ReplicaLost, ReplicaState, check_ready, error_of
+from .backend import ModelInfo, ReplicaLeft, ReplicaLost, ReplicaState, check_ready, error_of
 from .ledger import Ledger
 from .line import (
     Abort,
@@ -33,6 +35,7 @@ from .line import (
     LineError,
     LineLimits,
     Recite,
+    Release,
     Submit,
     Welcome,
     Wire,
@@ -40,6 +43,7 @@ from .line import (
     ingress_handshake,
     set_socket,
 )
+from .line_stream import Stream
 from .prefix_index import PrefixIndex
 
 logger = logging.getLogger("shoal.router")
@@ -86,6 +90,7 @@ class LineBackend:
         self._limits = limits or LineLimits()
         self._rng = rng or random.Random()
         self._links: dict[str, _Link] = {}
+        self._digest: str | None = None  # of the model that newcomers are for; None: whatever there is
         self._num_wanted = 1  # replicas that were there; fewer, and one is missing
         self._break = asyncio.Event()
         self._searching: asyncio.Task[None] | None = None
@@ -94,12 +99,18 @@ class LineBackend:
         """Look for replicas from now on."""
         self._searching = asyncio.get_running_loop().create_task(self._search())
 
+    def use(self, digest: str) -> None:
+        """Newcomers are for that model from now on: where replicas serve another one, too, only those take its work."""
+        self._digest = digest
+        self._release()
+
     async def close(self) -> None:
         """Leave every replica; what runs there for us is aborted. Idempotent."""
         if self._searching is not None:
             self._searching.cancel()
             await asyncio.wait([self._searching])
-        for link in list(self._links.values()):
+        links, self._links = self._links, {}
+        for link in links.values():
             link.wire.cut("this ingress closed")
         await asyncio.sleep(0)  # connections close in the loop's next turn
 
@@ -108,7 +119,7 @@ class LineBackend:
     async def generate(
         self, request: GenerationRequest, replica: str | None = None
     ) -> AsyncGenerator[list[TokenEvent], None]:
-        link = self._choose(replica)
+        link = self._choose(replica, request.digest)
         stream = link.submit(request)
         try:
             while True:
@@ -120,9 +131,12 @@ class LineBackend:
             link.leave(stream)
 
     async def info(self) -> ModelInfo:
-        for link in self._links.values():
-            return link.welcome.info
-        raise Unavailable("not ready: no replica is connected")
+        links = list(self._links.values())
+        if not links:
+            raise Unavailable("not ready: no replica is connected")
+        infos = [link.welcome.info for link in [link for link in links if link.stays] or links]
+        most = Counter(info.digest for info in infos)
+        return max(infos, key=lambda info: (most[info.digest], info.created))
 
     async def ready(self) -> None:
         check_ready(self.replicas())
@@ -133,8 +147,8 @@ class LineBackend:
     def replicas(self) -> Mapping[str, ReplicaState]:
         return {replica: link.state() for replica, link in self._links.items()}
 
-    def _choose(self, replica: str | None) -> _Link:
-        """Raises Unavailable: no replica, or not the one that was chosen."""
+    def _choose(self, replica: str | None, digest: str) -> _Link:
+        """Raises Unavailable: no replica of that model, or not the one that was chosen."""
         if replica is not None:
             if replica not in self._links:
                 raise Unavailable("the replica was gone before it began")
@@ -142,6 +156,9 @@ class LineBackend:
         links = list(self._links.values())
         if not links:
             raise Unavailable("no replica is connected")
+        links = [link for link in links if not digest or link.digest in ("", digest)]
+        if not links:
+            raise Unavailable("no replica serves the version of the model that the request came for")
         staying = [link for link in links if not link.is_leaving]  # in trouble, they may take it all the same
         return self._rng.choice([link for link in links if link.problem is None] or staying or links)
 
@@ -153,10 +170,26 @@ class LineBackend:
             await asyncio.gather(*map(self._connect, await self._addresses()))
             missing = MISSING_S if len(self._links) < self._num_wanted else SETTLED_S
             try:
-                async with asyncio.timeout(missing if self._links else NONE_YET_S):
+                async with asyncio.timeout(NONE_YET_S if self._all_leave() else missing):
                     await self._break.wait()
             except TimeoutError:
                 continue
+
+    def _all_leave(self) -> bool:
+        return all(link.is_leaving for link in self._links.values())
+
+    def _release(self) -> None:
+        """Let those go that said goodbye, once another one is ready for what comes new."""
+        ready = {link.digest for link in self._links.values() if link.stays}
+        for link in self._links.values():
+            if link.is_leaving and not link.is_released and (self._digest or link.digest) in ready:
+                link.release()
+
+    def _turned(self, link: _Link) -> None:
+        """It said how it is, or goodbye."""
+        self._release()
+        if link.is_leaving and self._all_leave():
+            self._break.set()
 
     async def _addresses(self) -> list[Address]:
         try:
@@ -167,7 +200,7 @@ class LineBackend:
             return []
 
     async def _connect(self, address: Address) -> None:
-        link = _Link(address.replica, self._index, limits=self._limits, on_close=self._closed)
+        link = _Link(address.replica, self._index, limits=self._limits, on_turn=self._turned, on_close=self._closed)
         try:
             async with asyncio.timeout(self._limits.handshake_s):
                 await link.connect(address.host, address.port, self._secret)
@@ -178,6 +211,7 @@ class LineBackend:
             logger.warning("no line to replica %s: %s", address.replica, error or type(error).__name__)
             return
         self._links[address.replica] = link
+        self._release()
         self._num_wanted = max(self._num_wanted, len(self._links))
 
     def _closed(self, link: _Link, reason: str) -> None:
@@ -193,61 +227,29 @@ class LineBackend:
         self._break.set()
 
 
-class _Stream:
-    """One generation's events, from the connection to whoever follows them.
-
-    has_begun: a suspect that has not is not what ends its replica.
-    """
-
-    def __init__(self, id: int, *, has_begun: bool) -> None:
-        self.id = id
-        self.has_begun = has_begun
-        self.ended = False
-        self._events: list[TokenEvent] = []
-        self._error: ShoalError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def push(self, events: list[TokenEvent]) -> None:
-        if self.ended:
-            return
-        self._events = self._events + events if self._events else events
-        self.ended = events[-1].finish_reason is not None
-        self._wake()
-
-    def fail(self, error: ShoalError) -> None:
-        self._error, self.ended = error, True
-        self._wake()
-
-    async def take(self) -> list[TokenEvent]:
-        """All events that are there, at least one; behind the last the error that ended the stream."""
-        while not self._events:
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        events, self._events = self._events, []
-        return events
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
 class _Link:
     """One connection to one replica. `welcome` and `beat` are there once `connect` has returned."""
 
     def __init__(
-        self, replica: str, index: PrefixIndex, *, limits: LineLimits, on_close: Callable[[_Link, str], None]
+        self,
+        replica: str,
+        index: PrefixIndex,
+        *,
+        limits: LineLimits,
+        on_turn: Callable[[_Link], None],
+        on_close: Callable[[_Link, str], None],
     ) -> None:
         self.replica = replica
         self.wire: Wire
         self.welcome: Welcome
         self.beat: Beat
         self.is_leaving = False
+        self.is_released = False
         self.is_silent = False
         self._limits = limits
+        self._on_turn = on_turn
         self._on_close = on_close
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self._num_submitted = 0
         self._index = index
         self._ledger = Ledger(replica, index)
@@ -269,10 +271,10 @@ class _Link:
         await self._loop.create_connection(lambda: self.wire, sock=sock)
         await self._ready
 
-    def submit(self, request: GenerationRequest) -> _Stream:
+    def submit(self, request: GenerationRequest) -> Stream:
         """Raises TooLarge."""
         self._num_submitted += 1
-        stream = _Stream(self._num_submitted, has_begun=not request.trial)
+        stream = Stream(self._num_submitted, has_begun=not request.trial)
         try:
             self.wire.send([Submit(stream.id, _encode(request))])
         except LineError as error:
@@ -281,17 +283,31 @@ class _Link:
         self._ledger.sent(stream.id, request)
         return stream
 
-    def leave(self, stream: _Stream) -> None:
+    def leave(self, stream: Stream) -> None:
         """Nobody takes the stream's events any more."""
         self._streams.pop(stream.id, None)
         self._ledger.ended(stream.id)
         if not stream.ended and self.wire.is_open:
             self.wire.send([Abort(stream.id)])
 
+    def release(self) -> None:
+        """Nothing new comes over this line."""
+        self.is_released = True
+        self.wire.send([Release()])
+
+    @property
+    def digest(self) -> str:
+        return self.welcome.info.digest
+
+    @property
+    def stays(self) -> bool:
+        """Whether it takes work, and is not about to go."""
+        return not self.is_leaving and self.problem is None
+
     @property
     def problem(self) -> str | None:
         """Why this replica takes no work; None where it does."""
-        if self.is_leaving:
+        if self.is_released:
             return "the replica is draining"
         if self._loop.time() - self.wire.heard_at > 4 * self._limits.beat_s:
             return "the replica does not answer"
@@ -305,6 +321,8 @@ class _Link:
             in_flight=len(self._streams),
             **self._ledger.corrections(),
             heard_s=self._loop.time() - self.wire.heard_at,
+            digest=self.digest,
+            is_leaving=self.is_leaving,
         )
 
     # Party
@@ -333,6 +351,7 @@ class _Link:
             self._heard_welcome(message)
         elif isinstance(message, Goodbye):
             self.is_leaving = True
+            self._on_turn(self)
 
     def closed(self, reason: str) -> None:
         if self._watch is not None:
@@ -346,11 +365,11 @@ class _Link:
             if not stream.ended:
                 stream.fail(self._end_of(stream))
 
-    def _end_of(self, stream: _Stream) -> ShoalError:
+    def _end_of(self, stream: Stream) -> ShoalError:
         if not stream.has_begun:
             return Unavailable("the replica was gone before it began")
         if self.is_leaving and not self.is_silent:
-            return Unavailable("the replica has left before the answer's end")
+            return ReplicaLeft("the replica has left before the answer's end")
         return ReplicaLost("the replica was lost before the answer's end")
 
     def _heard_welcome(self, welcome: Welcome) -> None:
@@ -369,7 +388,9 @@ class _Link:
     def _heard_beat(self, beat: Beat) -> None:
         self.beat = beat
         self._ledger.beat(beat.received)
-        if not self._ready.done():
+        if self._ready.done():
+            self._on_turn(self)
+        else:
             self._ready.set_result(None)
 
     def _due(self) -> float:

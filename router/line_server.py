@@ -33,6 +33,7 @@ from .line import (
     LineError,
     LineLimits,
     Recite,
+    Release,
     Submit,
     Welcome,
     Wire,
@@ -77,6 +78,8 @@ class LineServer:
         self._peers: dict[_Peer, None] = {}  # in the order in which they came
         self._server: asyncio.Server | None = None
         self._beating: asyncio.Task[None] | None = None
+        self.is_leaving = False
+        self._released = asyncio.Event()
 
     async def start(self, host: str) -> int:
         """Listen on `host`, a numeric address of this machine; returns the port."""
@@ -88,11 +91,23 @@ class LineServer:
         return port
 
     def goodbye(self) -> None:
-        """Take no new connections, and tell the ingresses to send nothing more. What runs goes on."""
-        if self._server is not None:
-            self._server.close()
+        """Tell the ingresses that this replica is to go. What runs goes on, and so may what only it can take."""
+        self.is_leaving = True
         for peer in self._peers:
             peer.post(Goodbye())
+        self.check_released()
+
+    async def released(self) -> None:
+        """Returns when no ingress sends anything more: each has another replica, or is gone. Behind `goodbye`."""
+        await self._released.wait()
+
+    def release(self) -> None:
+        """Wait for no ingress's leave: nothing more can be taken."""
+        self._released.set()
+
+    def check_released(self) -> None:
+        if self.is_leaving and all(peer.has_released for peer in self._peers if peer.wire.is_open):
+            self._released.set()
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait `grace_s` for what runs to end, and close every connection once all is sent. Idempotent."""
@@ -108,6 +123,7 @@ class LineServer:
 
     def left(self, peer: _Peer) -> None:
         self._peers.pop(peer, None)
+        self.check_released()
 
     def _accept(self) -> Wire:
         peer = _Peer(self)
@@ -134,6 +150,7 @@ class _Peer:
     def __init__(self, server: LineServer) -> None:
         self.wire: Wire
         self.received = 0  # the last stream submitted
+        self.has_released = False
         self.runs: dict[int, asyncio.Task[None]] = {}
         self._num_told = 0
         self._server = server
@@ -166,6 +183,8 @@ class _Peer:
         self.post(self._server.welcome)
         self.tell(self._server.catalogue.recite())
         self.post(Beat(self._server.status(), 0))
+        if self._server.is_leaving:
+            self.post(Goodbye())
 
     def heard(self, message: FromIngress) -> None:
         if isinstance(message, Abort):
@@ -175,6 +194,10 @@ class _Peer:
             return
         if isinstance(message, Recite):
             self.tell(self._server.catalogue.recite())
+            return
+        if isinstance(message, Release):
+            self.has_released = True
+            self._server.check_released()
             return
         if message.stream <= self.received:
             raise LineError(f"stream {message.stream} behind stream {self.received}")

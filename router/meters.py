@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 PREFIX = "shoal_"
 _PAUSE_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _WAIT_S = (0.001, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30)
+_POSITION = (0, 1, 4, 16, 64, 256, 1024, 4096)
 _STORE_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 
 
@@ -89,3 +90,26 @@ class RoutingMeter(_Meter):
         self.decisions.labels("prefix" if num_spared else "load").inc()
         self.prompt_tokens.inc(num_tokens)
         self.expected_hits.inc(num_spared)
+
+
+class VariantMeter(_Meter):
+    """Which variant, and how variants fare. A label `variant` is the name of a part of the deployment."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.errors = self._counter(
+            "request_errors", "Requests that ended with an error, by its kind.", "variant", "kind"
+        )
+        self.passed_over = self._counter(
+            "variant_passed_over",
+            "Requests that were a variant's by the weights and went on to another.",
+            "variant",
+            "why",
+        )
+        self.rollbacks = self._counter("variant_rollbacks", "Variants taken back, by the bound.", "variant", "bound")
+        self.shadows = self._counter(
+            "shadow_generations", "Generations copied to a variant, by what became of them.", "variant", "outcome"
+        )
+        self.shadow_position = self._histogram(
+            "shadow_difference_position", "First token in which a copy differs.", _POSITION, "variant"
+        )

@@ -24,8 +24,8 @@ from .backend import ReplicaState
 from .body import ClientGone
 from .chorus import DEPARTED, Chorus, Words
 from .last_words import LastWords, Word
-from .meters import AdmissionMeter, CacheMeter, ResumeMeter, RoutingMeter, StoreMeter
-from .request_log import Exchange
+from .meters import AdmissionMeter, CacheMeter, ResumeMeter, RoutingMeter, StoreMeter, VariantMeter
+from .request_log import Exchange, kind_of
 from .text import Choice
 from .vllm_names import BothNames, OurNames
 
@@ -70,6 +70,9 @@ Peers = Callable[[bytes], Awaitable[list[bytes]]]
 """Tells all other ingresses what this one knows (`RouterMetrics.tell`), and returns what those tell that answer."""
 
 
+Shares = Mapping[str, float]
+
+
 async def nobody(telling: bytes) -> list[bytes]:
     """The null `Peers`: this ingress is alone."""
     return []
@@ -99,11 +102,11 @@ class RouterMetrics:
         served = Together(self._parts)
         self._served = served if vllm_model is None else BothNames(served, model=vllm_model)
         ProcessCollector(registry=self.registry)
-        self.ttft = self._histogram("time_to_first_token_seconds", "From the request to a first token.", _TTFT_S)
-        self.itl = self._histogram("inter_token_latency_seconds", "Between two tokens of one choice.", _ITL_S)
-        self.e2e = self._histogram("e2e_request_latency_seconds", "From the request to its end.", _E2E_S)
-        self.prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
-        self.output_length = self._histogram("request_generation_tokens", "Tokens of a choice.", _TOKENS)
+        self.ttft = self._by_part("time_to_first_token_seconds", "From the request to a first token.", _TTFT_S)
+        self.itl = self._by_part("inter_token_latency_seconds", "Between two tokens of one choice.", _ITL_S)
+        self.e2e = self._by_part("e2e_request_latency_seconds", "From the request to its end.", _E2E_S)
+        self.prompt_length = self._by_part("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self.output_length = self._by_part("request_generation_tokens", "Tokens of a choice.", _TOKENS)
         self.in_flight = Gauge(_PREFIX + "router_in_flight", "Generations admitted.", registry=self.registry)
         self.finished = self._counter("choices_finished", "Choices as clients got them, by reason.", "finished_reason")
         self.responses = self._counter("http_responses", "Answers by route and status.", "route", "status")
@@ -114,36 +117,36 @@ class RouterMetrics:
         self.resume = ResumeMeter(self.registry)
         self.admission = AdmissionMeter(self.registry)
         self.routing = RoutingMeter(self.registry)
+        self.variants = VariantMeter(self.registry)
+        self._served_parts: dict[str, PartMetrics] = {}
 
-    def watch(self, replicas: Callable[[], Mapping[str, ReplicaState]]) -> None:
-        """Tell of the connected replicas, too. `replicas`: asked at every scrape."""
-        self._parts.append(ReplicaWatch(replicas))
+    def watch(self, replicas: Callable[[], Mapping[str, ReplicaState]], shares: Callable[[], Shares] = dict) -> None:
+        """Tell of the connected replicas, too, and of the variants' shares. Both are asked at every scrape."""
+        self._parts += [ReplicaWatch(replicas), ShareWatch(shares)]
+
+    def part(self, name: str) -> PartMetrics:
+        """Of the variant or further model of that name, which is the deployment's and no client's."""
+        part = self._served_parts.get(name)
+        if part is None:
+            part = self._served_parts[name] = PartMetrics(self, name, clock=self._clock)
+        return part
 
     def answered(self, route: str, status: int) -> None:
         self.responses.labels(route, str(status)).inc()
-
-    def landed(self, choice: Choice, event: TokenEvent, arrived: float) -> None:
-        """An event has reached the router; `arrived` is when its request did, on the same clock."""
-        now = self._clock()
-        if not event.tokens:
-            return
-        if choice.last_event is None:
-            choice.first_event = now
-            self.ttft.observe(now - arrived)
-        else:
-            self.itl.observe((now - choice.last_event) / len(event.tokens))
-        choice.last_event = now
 
     def ended(self, exchange: Exchange) -> None:
         """A request is over, however it ended."""
         if isinstance(exchange.error, ClientGone):
             self.clients_gone.inc()
-        if exchange.job is None or exchange.flight is None:
+        if exchange.part is None or exchange.job is None or exchange.flight is None:
             return
+        if exchange.error is not None and not isinstance(exchange.error, ClientGone):
+            self.variants.errors.labels(exchange.part, kind_of(exchange.error)).inc()
+        part = self.part(exchange.part)
         for prompt in exchange.job.prompts:
-            self.prompt_length.observe(len(prompt.ids))
+            part.prompt_length.observe(len(prompt.ids))
         for choice in exchange.flight.choices:
-            self.output_length.observe(choice.num_tokens)
+            part.output_length.observe(choice.num_tokens)
             self.finished.labels(choice.finish_reason or "incomplete").inc()
 
     def tell(self, stats: Mapping[str, Stats]) -> bytes:
@@ -169,8 +172,32 @@ class RouterMetrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(_PREFIX + name, text, buckets=buckets, registry=self.registry)
+    def _by_part(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(_PREFIX + name, text, ["variant"], buckets=buckets, registry=self.registry)
+
+
+class PartMetrics:
+    """What one ingress counts of one variant or further model: the series of it, looked up once."""
+
+    def __init__(self, metrics: RouterMetrics, name: str, *, clock: Callable[[], float]) -> None:
+        self.e2e = metrics.e2e.labels(name)
+        self.prompt_length = metrics.prompt_length.labels(name)
+        self.output_length = metrics.output_length.labels(name)
+        self._ttft = metrics.ttft.labels(name)
+        self._itl = metrics.itl.labels(name)
+        self._clock = clock
+
+    def landed(self, choice: Choice, event: TokenEvent, arrived: float) -> None:
+        """An event has reached the router; `arrived` is when its request did, on the same clock."""
+        now = self._clock()
+        if not event.tokens:
+            return
+        if choice.last_event is None:
+            choice.first_event = now
+            self._ttft.observe(now - arrived)
+        else:
+            self._itl.observe((now - choice.last_event) / len(event.tokens))
+        choice.last_event = now
 
 
 class Telling(msgspec.Struct, frozen=True, array_like=True):
@@ -216,6 +243,21 @@ class ReplicaWatch(Collector):
             ready.add_metric([replica], float(state.problem is None))
             heard.add_metric([replica], state.heard_s)
         yield from (ready, heard)
+
+
+class ShareWatch(Collector):
+    """What part of the requests each variant gets at the moment of the scrape, at the ingress that answers it."""
+
+    def __init__(self, shares: Callable[[], Shares]) -> None:
+        self._shares = shares
+
+    def collect(self) -> Iterator[Metric]:
+        share = GaugeMetricFamily(
+            _PREFIX + "variant_share", "Share of the requests that a variant gets, 0 to 1.", labels=["variant"]
+        )
+        for variant, part in self._shares().items():
+            share.add_metric([variant], part)
+        yield share
 
 
 class ReplicaBook(Collector):

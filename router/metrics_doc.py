@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
 
-from .metrics import ReplicaBook, ReplicaWatch, RouterMetrics
+from .metrics import ReplicaBook, ReplicaWatch, RouterMetrics, ShareWatch
 from .vllm_names import NAMES
 
 _HEAD = """\
@@ -18,7 +19,8 @@ _HEAD = """\
 
 `GET /metrics` on the public port needs an API key where one is set; on `--metrics-port` it does not. The ingress
 answers for the whole service. Totals of replicas that are gone are kept under `replica="departed"`, so that sums never
-fall. Latencies and lengths are those that clients see: answers from the cache count, too.
+fall. Latencies and lengths are those that clients see: answers from the cache count, too. `variant` is the part of the
+deployment that answered: `stable`, a variant by its name, or a further model by its own.
 """
 _VLLM = """\
 ## vLLM's names
@@ -31,33 +33,51 @@ of counters end in `_total` on both sides.
 """
 
 
-def document() -> str:
-    """The page: every family that `/metrics` may hold, with its labels and its help text."""
+class Declared(NamedTuple):
+    """One family: `name` as its series are called, but for a histogram's suffixes."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    text: str
+
+
+def sections() -> list[tuple[str, list[Declared]]]:
+    """(title, families): every one that `/metrics` may hold."""
     metrics = RouterMetrics()
-    sections = [
+    made = [
         ("Requests", _wrapped(metrics)),
         ("Admission and tenants", _wrapped(metrics.admission)),
         ("Response cache and shared flights", _wrapped(metrics.cache)),
         ("Redis", _wrapped(metrics.store)),
+        ("Variants", chain(_wrapped(metrics.variants), _families(ShareWatch(dict).collect()))),
         ("Choice of a replica", _wrapped(metrics.routing)),
         ("Replicas that were lost", _wrapped(metrics.resume)),
         ("Replicas", _families(chain(ReplicaWatch(dict).collect(), ReplicaBook().collect()))),
         ("The ingress's process", _families(ProcessCollector(registry=CollectorRegistry()).collect())),
     ]
-    pages = [_HEAD, *(_section(title, rows) for title, rows in sections)]
+    return [(title, list(families)) for title, families in made]
+
+
+def document() -> str:
+    """The page: every family with its labels and its help text."""
+    pages = [_HEAD, *(_section(title, families) for title, families in sections())]
     vllm = [f"| `{name}` | `{ours}` |\n" for ours, names in NAMES.items() for name in names]
     return "\n".join([*pages, _VLLM + "".join(vllm)])
 
 
-def _section(title: str, rows: Iterable[tuple[str, str, str, str]]) -> str:
-    table = "".join(f"| `{name}` | {kind} | {labels} | {text} |\n" for name, kind, labels, text in rows)
+def _section(title: str, families: Iterable[Declared]) -> str:
+    table = "".join(
+        f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in labels)} | {text} |\n"
+        for name, kind, labels, text in families
+    )
     return f"## {title}\n\n| name | type | labels | what |\n|---|---|---|---|\n{table}"
 
 
 # Label names are no public part of prometheus_client; a new version of it may break this page and nothing else.
 
 
-def _wrapped(owner: object) -> Iterator[tuple[str, str, str, str]]:
+def _wrapped(owner: object) -> Iterator[Declared]:
     """Metrics that are attributes of `owner`."""
     for metric in vars(owner).values():
         if isinstance(metric, MetricWrapperBase):
@@ -65,14 +85,14 @@ def _wrapped(owner: object) -> Iterator[tuple[str, str, str, str]]:
             yield _row(family, metric._labelnames)
 
 
-def _families(families: Iterable[Metric]) -> Iterator[tuple[str, str, str, str]]:
+def _families(families: Iterable[Metric]) -> Iterator[Declared]:
     for family in families:
         yield _row(family, vars(family)["_labelnames"])
 
 
-def _row(family: Metric, labels: Iterable[str]) -> tuple[str, str, str, str]:
+def _row(family: Metric, labels: Iterable[str]) -> Declared:
     name = family.name + ("_total" if family.type == "counter" else "")
-    return name, family.type, ", ".join(f"`{label}`" for label in labels), family.documentation
+    return Declared(name, family.type, tuple(labels), family.documentation)
 
 
 if __name__ == "__main__":

@@ -294,6 +294,7 @@ class Preparer:
                 share=tenant.weight,
                 priority=tenant.priority if body.priority is None else max(tenant.priority, body.priority),
                 timeout_s=timeout,
+                digest=self._info.digest,
             )
             for i, prompt in enumerate(prompts)
             for j in range(params.n)

@@ -7,8 +7,8 @@ Ray is imported only where it is called: the router's tests run without it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,8 +22,10 @@ from .backend import ModelInfo, Status
 from .line import LineLimits, Welcome
 from .line_client import Address
 from .line_server import LineServer
+from .load_report import LoadWatch
 
 LAST_EVENTS_S = 1.0  # for the last events of a closed engine to reach the line
+MARGIN_S = 3.0  # before a machine goes: what is left is handed over then
 
 
 class Engine(Protocol):
@@ -61,15 +63,28 @@ class Grammars(Protocol):
     def close(self) -> None: ...
 
 
+Depart = Callable[[float | None], Awaitable[None]]
+"""Told the seconds that are left until a machine with a part of the replica goes; None: nobody says when."""
+
+
+async def no_notice(depart: Depart) -> None:
+    """Nobody takes machines away."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a replica is made of; built in its own process by a factory that `cluster/app.py` binds."""
+    """What a replica is made of; built in its own process by a factory that `cluster/app.py` binds.
+
+    drain_timeout_s: for what runs when the replica is to go; then it is handed over. watch: runs while the replica
+    does, and says when its machine is about to be taken away.
+    """
 
     engine: Engine
     grammars: Grammars
     info: ModelInfo
     changes: Callable[[], list[Changes]] = list  # what the cache has gained and lost since they were last asked for
     drain_timeout_s: float = 10.0
+    watch: Callable[[Depart], Coroutine[None, None, None]] = no_notice
 
 
 class Replica:
@@ -80,7 +95,10 @@ class Replica:
         self._parts = build()
         self._secret = secret
         self._limits = limits
+        self._load = LoadWatch()
         self._line: LineServer | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._has_left = False
         self._port = asyncio.Lock()  # of `listen`: asked by several ingresses at once
         self._address: Address | None = None
         self.__del__ = self.shutdown  # what Serve awaits last; the interpreter looks at the class and finds none
@@ -103,6 +121,7 @@ class Replica:
                     limits=self._limits,
                 )
                 self._address = Address(replica, host, await self._line.start(host))
+                self._watch = asyncio.create_task(self._parts.watch(self.depart))
             return self._address
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent], None]:
@@ -115,30 +134,59 @@ class Replica:
         constraint = await self._constraint(request)
         if not self._parts.engine.healthy:
             raise Unavailable(f"the replica takes no more: {self._parts.engine.state}")
-        async with aclosing(self._parts.engine.generate(request, constraint)) as batches:
-            async for batch in batches:
-                if batch[-1].finish_reason is FinishReason.ERROR and not self._parts.engine.healthy:
-                    # Not this log's fault: the engine died under it, so another one may go on.
-                    if rest := [event for event in batch if event.finish_reason is None]:
-                        yield rest
-                    raise EngineDead(batch[-1].error or "the engine died")
-                yield batch
+        with self._load.watching(request.id):
+            async with aclosing(self._parts.engine.generate(request, constraint)) as batches:
+                async for batch in batches:
+                    self._load.spoke(request.id)
+                    if batch[-1].finish_reason is FinishReason.ERROR and not self._parts.engine.healthy:
+                        # Not this log's fault: the engine died under it, so another one may go on.
+                        if rest := [event for event in batch if event.finish_reason is None]:
+                            yield rest
+                        raise EngineDead(batch[-1].error or "the engine died")
+                    yield batch
 
     def status(self) -> Status:
         """How things stand."""
         engine = self._parts.engine
         return Status(None if engine.ready else engine.state, engine.stats(), engine.ranks())
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve calls this every second where a policy settles how many replicas there are (cluster/autoscale.py)."""
+        is_leaving = self._line is not None and self._line.is_leaving
+        return self._load.report(self._parts.engine.stats(), leaving=is_leaving).as_numbers()
+
     async def check_health(self) -> None:
         """Serve calls this and replaces the replica when it raises. A process that makes no step is dead."""
         if not self._parts.engine.healthy:
             raise EngineDead("the engine has stopped making steps")
+        if self._has_left:
+            raise EngineDead("the replica has handed everything over: its machine is taken away")
+
+    async def depart(self, left_s: float | None) -> None:
+        """A machine goes in `left_s` seconds: other replicas are preferred at once, and shortly before that what still
+        runs is handed over. Serve brings a replacement, and may shut this replica down sooner."""
+        assert self._line is not None, "it is watched from its first address on"
+        self._line.goodbye()
+        if left_s is None:
+            return
+        await asyncio.sleep(left_s - MARGIN_S)
+        self._line.release()
+        await self._parts.engine.drain(0.0)
+        self._has_left = True
 
     async def shutdown(self) -> None:
-        """Drain to the deadline, then end the rest with a terminal event each, and the line behind them."""
+        """Leave to others what is new, as soon as there are others; hand over what still runs at the deadline."""
+        deadline = asyncio.get_running_loop().time() + self._parts.drain_timeout_s
         if self._line is not None:
             self._line.goodbye()
-        await self._parts.engine.drain(self._parts.drain_timeout_s)
+            if not self._parts.engine.healthy:
+                self._line.release()  # it takes nothing more, and what it holds is wanted by the next one
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await self._line.released()
+        await self._parts.engine.drain(max(0.0, deadline - asyncio.get_running_loop().time()))
+        if self._watch is not None:
+            self._watch.cancel()
         await asyncio.to_thread(self.close)
         if self._line is not None:
             await self._line.close(LAST_EVENTS_S)
@@ -176,6 +224,10 @@ class ServeDirectory:
             async with asyncio.timeout(self._timeout_s):
                 answers = [await self._handle.address.remote()]
         return [answer for answer in answers if isinstance(answer, Address)]
+
+    async def wake(self) -> None:
+        """Returns when a replica is there: meanwhile Serve counts a request that waits for one, and starts it."""
+        await self._handle.address.remote()
 
 
 def _replica_id() -> str:

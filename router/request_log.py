@@ -16,7 +16,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..runtime.errors import RequestError
+from ..runtime.errors import RequestError, ShoalError
+from .backend import failure_of
 from .body import ClientGone
 from .flight import Flight
 from .prepare import Job
@@ -46,6 +47,7 @@ class Exchange:
         self.status: int | None = None
         self.tenant: str | None = None
         self.model: str | None = None
+        self.part: str | None = None  # of the deployment that answers: a variant, or a further model
         self.stream = False
         self.job: Job | None = None
         self.flight: Flight | None = None
@@ -53,9 +55,9 @@ class Exchange:
         self.request_body: bytearray | None = None
         self.response_body: bytearray | None = None
 
-    def launched(self, job: Job, flight: Flight, *, model: str, stream: bool) -> None:
+    def launched(self, job: Job, flight: Flight, *, model: str, part: str, stream: bool) -> None:
         """It was understood and admitted."""
-        self.job, self.flight, self.model, self.stream = job, flight, model, stream
+        self.job, self.flight, self.model, self.part, self.stream = job, flight, model, part, stream
 
     @property
     def error(self) -> Exception | None:
@@ -90,7 +92,7 @@ def facts(exchange: Exchange, now: float) -> dict[str, Any]:
         "e2e_ms": _ms(now - exchange.started),
     }
     if exchange.job is not None and exchange.flight is not None:
-        known |= {"model": exchange.model, "stream": exchange.stream}
+        known |= {"model": exchange.model, "variant": exchange.part, "stream": exchange.stream}
         known |= _of_answer(exchange, exchange.job, exchange.flight)
     if exchange.request_body is not None and exchange.response_body is not None:
         known["request"] = exchange.request_body.decode("utf-8", "replace")
@@ -122,6 +124,11 @@ def _code(error: Exception) -> str:
     """A word for the error: its code, or its kind. Its text may quote the client."""
     code = error.code if isinstance(error, RequestError) else None
     return code or ("client_gone" if isinstance(error, ClientGone) else type(error).__name__)
+
+
+def kind_of(error: Exception) -> str:
+    """The error's kind, one of errors.py's: so there are few."""
+    return failure_of(error).kind if isinstance(error, ShoalError) else "Bug"
 
 
 def _ms(seconds: float) -> float:

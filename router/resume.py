@@ -8,6 +8,8 @@ replica needs to go on with it. What stops a log on a replica is one of three:
     the log itself, or its deadline: the client's to know
 
 A log that no replica has taken in yet is refused at once where none can; one that was waits `resume_wait_s` for one.
+Where there may be none on purpose (wake.py), both wait for one to be started, to their deadlines.
+Only replicas of its own model take it (`GenerationRequest.digest`): no answer changes its weights in the middle.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import msgspec
 
 from ..runtime.errors import EngineDead, EngineError, QueueFull, RequestTimeout, RowFailed, ShoalError, Unavailable
 from ..runtime.generation import FinishReason, GenerationRequest, TokenEvent
-from .backend import Backend, ReplicaLost
+from .backend import Backend, ReplicaLeft, ReplicaLost
 from .balance import Balancer
 from .config import RouterConfig
 from .meters import ResumeMeter
 from .probation import PAST, Probation, Verdict
+from .wake import RETRY_S, Sleep
 
 POLL_S = 0.05  # between two looks for a replica
 
@@ -45,10 +48,13 @@ class Resume:
         *,
         config: RouterConfig,
         meter: ResumeMeter,
+        sleep: Sleep | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """sleep: whether there may be no replica on purpose; None: there may not."""
         self._backend = backend
         self._balancer = balancer
+        self._sleep = sleep or Sleep()
         self._config = config
         self._meter = meter
         self._clock = clock
@@ -89,7 +95,7 @@ class Resume:
                             if log.ended:
                                 return
                             if log.handed_over is not None:
-                                raise Unavailable(log.handed_over)
+                                raise ReplicaLeft(log.handed_over)
                     raise ReplicaLost(f"the replica ended the stream after {log.length} tokens without a finish reason")
                 except ShoalError as error:
                     self._interrupt(log, replica, error)
@@ -123,22 +129,48 @@ class Resume:
             RequestTimeout, Unavailable: see `follow`. ShoalError: what had stopped it, if the service ends.
         """
         if log.error is None:
-            return log.request, self._balancer.choose(log.request, lost=log.lost)
+            attempt = await self._awake(log)
+            return attempt, self._balancer.choose(attempt, lost=log.lost | self._foreign(log))
         tried_again = False
         while True:
             now = self._clock()
             self._check(log, log.error, now)
-            ready = self._ready()
+            foreign = self._foreign(log)
+            ready = self._ready() - foreign
             has_turn = self._probation.may_go(log)
             # One that had to give it back may be as it was, or back under its name: only after a rest.
             if has_turn and (ready - log.lost or (ready and tried_again)):
                 attempt = log.attempt(now)
                 # Never the transport's choice: it must be known where a suspect is tried.
-                return attempt, self._balancer.choose(attempt, lost=log.lost if ready - log.lost else frozenset())
+                lost = log.lost if ready - log.lost else frozenset()
+                return attempt, self._balancer.choose(attempt, lost=lost | foreign)
             if ready and not has_turn:
                 log.waiting_since = now  # for its turn, not for a replica
+            elif not ready and self._sleep.is_allowed:
+                await self._awake(log)
+                log.waiting_since = self._clock()
             await self._rest()
             tried_again = True
+
+    async def _awake(self, log: _Log) -> GenerationRequest:
+        """What is asked of the first replica, once there is one: at once, unless there is none on purpose.
+
+        Raises:
+            Unavailable: none came by the deadline, or the service ends.
+        """
+        if not self._sleep.is_allowed or self._ready():
+            return log.request
+        began = self._clock()
+        with self._sleep.waiting():
+            while self._sleep.is_allowed and not self._ready():
+                now = self._clock()
+                if self._stopped:
+                    raise self._given_up("stopped", Unavailable("the server is shutting down", retry_after=1.0))
+                if log.deadline is not None and now >= log.deadline:
+                    text = f"no replica could be started in {now - began:.0f} s, the request's time (timeout)"
+                    raise self._given_up("asleep", Unavailable(text, retry_after=RETRY_S))
+                await self._rest()
+        return log.attempt(self._clock())
 
     def _check(self, log: _Log, error: ShoalError, now: float) -> None:
         if self._stopped:
@@ -152,6 +184,13 @@ class Resume:
 
     def _ready(self) -> set[str]:
         return {replica for replica, state in self._backend.replicas().items() if state.problem is None}
+
+    def _foreign(self, log: _Log) -> frozenset[str]:
+        """Replicas that serve another model than the log's, as far as anybody says."""
+        ours = {"", log.request.digest}
+        if len(ours) == 1:
+            return frozenset()
+        return frozenset(replica for replica, state in self._backend.replicas().items() if state.digest not in ours)
 
     async def _rest(self) -> None:
         with suppress(TimeoutError):
@@ -172,17 +211,23 @@ class Resume:
             self._lose(log, replica, error)
         elif not isinstance(error, QueueFull | Unavailable):
             raise error
-        elif log.handed_over is not None:
+        elif isinstance(error, ReplicaLeft):
             log.handed_over = None
+            log.is_admitted = True
             self._meter.losses.labels("handed_over").inc()
             if not self._config.resume_attempts:
                 raise self._given_up("attempts", error)
-        elif not log.is_admitted and (replica is None or not self._ready() - log.lost):
-            raise error  # a refusal, and there is nobody else to ask
+        elif not log.is_admitted and not self._has_others(log, replica, error):
+            raise error  # a refusal
         log.error = error
         self._probation.move(log, None)
         if log.is_admitted:
             log.pause(self._clock())
+
+    def _has_others(self, log: _Log, replica: str | None, error: ShoalError) -> bool:
+        """Whether somebody else may take what this replica refused, now or once it is woken."""
+        may_wake = self._sleep.is_allowed and not isinstance(error, QueueFull)
+        return may_wake or (replica is not None and bool(self._ready() - log.lost))
 
     def _lose(self, log: _Log, replica: str | None, error: EngineDead) -> None:
         log.is_admitted = True
@@ -270,7 +315,7 @@ class _Log:
         if not batch:
             return batch
         self.ended = batch[-1].finish_reason is not None
-        if self.error is not None:
+        if self._num_attempts:
             batch = [self._own(event) for event in batch]
         self.is_admitted = self._has_begun = True
         return batch

@@ -5,9 +5,10 @@ It changes in place: an ingress is handed a new one while it serves (`Ingress.ro
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -23,10 +24,12 @@ class RollbackConfig(BaseModel):
 
     model_config = _STRICT
 
-    max_error_rate: float | None = Field(0.05, ge=0, le=1, description="Share of its requests that fail on our side.")
-    max_ttft_s: float | None = Field(None, gt=0, description="Time to the first token, of nine in ten.")
-    min_requests: int = Field(20, ge=1, description="Judged by no fewer.")
-    window_s: float = Field(60.0, gt=0, description="Judged by those of the last so many seconds.")
+    max_error_rate: float | None = Field(
+        default=0.05, ge=0, le=1, description="Share of its requests that fail on our side."
+    )
+    max_ttft_s: float | None = Field(default=None, gt=0, description="Time to the first token, of nine in ten.")
+    min_requests: int = Field(default=20, ge=1, le=10_000, description="Judged by no fewer.")
+    window_s: float = Field(default=60.0, gt=0, description="Judged by those of the last so many seconds.")
 
 
 class RolloutConfig(BaseModel):
@@ -42,10 +45,31 @@ class RolloutConfig(BaseModel):
         description="Requests of one session (the header X-Shoal-Session, else the body's `user`), or of one `user`, "
         "go to one variant while the weights stay.",
     )
+    allow_variant_header: bool = Field(
+        default=False, description="Clients may ask for a variant by its name (the header X-Shoal-Variant)."
+    )
     shadow: dict[str, Share] = Field(
         default_factory=dict,
         description="Variant to the share of requests that is copied to it; what it answers is compared and dropped.",
     )
+    max_shadows: int = Field(
+        default=8, ge=1, le=1024, description="Copies in flight at one ingress; what is over is dropped."
+    )
+    shadow_timeout_s: float = Field(default=60.0, gt=0, le=3600, description="A copy that is slower is given up.")
     rollback: RollbackConfig | None = Field(
         default=None, description="Bounds that take a variant's share; without: never."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weights and not any(self.weights.values()):
+            raise ValueError("all weights are 0: nobody would answer")
+        return self
+
+    def check_names(self, variants: Iterable[str]) -> None:
+        """`variants`: the names of all that stand beside stable. Raises ValueError: weights or shadow name another."""
+        known = {STABLE, *variants}
+        for where, names in (("weights", self.weights), ("shadow", self.shadow)):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{where} names the variant {name!r}; there is {', '.join(sorted(known))}")

@@ -1,6 +1,11 @@
 """Station 1, the answer's way out: a flight as server-sent events, or as one body.
 
 A stream ends in exactly one way: the last piece and `[DONE]`, or an error event and `[DONE]`, or the client is gone.
+
+Its headers go out with its first piece, so that what fails before is an HTTP status. Where a replica must be started
+first (wake.py), that may be minutes, and clients and proxies give up on a connection that says nothing: common limits
+are 30 and 60 s. So the headers then wait no longer than `PATIENCE_S`, and comment lines, which every SSE client skips,
+follow while nothing else does.
 """
 
 from __future__ import annotations
@@ -20,13 +25,18 @@ from .http import DONE, STREAM_HEADERS, error_event
 from .responses import Shape, Usage
 from .text import Piece, merge
 
+PATIENCE_S = 10.0  # a replica that starts sooner is not told of
+KEEP_ALIVE_S = 5.0
+KEEP_ALIVE = b": waiting for a replica\n\n"
+
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What one request gets: the flight that brings it and the shape it takes.
 
     headers: asked for when the first pieces are there. received: of each choice, where this goes on with a stream that
     broke off; then events with tokens carry an id to go on from, which clients that never asked may take for data.
-    on_error: called where a stream ends with an error event; its status is 200 for ever.
+    on_error: called where a stream ends with an error event; its status is 200 for ever. is_held: whether it waits for
+    a replica to be started.
     """
 
     flight: Flight
@@ -38,6 +48,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     headers: Callable[[], dict[str, str]]
     has_ids: bool = False
     received: list[int] | None = None
+    is_held: Callable[[], bool] = lambda: False
 
 
 async def respond(answer: Answer, receive: Receive, *, stream: bool) -> Response:
@@ -52,7 +63,9 @@ async def respond(answer: Answer, receive: Receive, *, stream: bool) -> Response
         if not stream:
             whole = await _whole(answer)
             return Response(whole, media_type="application/json", headers=answer.headers())
-        first = await anext(answer.flight)
+        first = await _next(answer.flight, PATIENCE_S)
+        while first is None and not answer.is_held():
+            first = await _next(answer.flight, PATIENCE_S)
         return EventStream(answer, first, stack.pop_all())
 
 
@@ -65,9 +78,12 @@ async def _whole(answer: Answer) -> bytes:
 
 
 class EventStream(Response):
-    """Server-sent events, straight to ASGI: one send for whatever is ready."""
+    """Server-sent events, straight to ASGI: one send for whatever is ready.
 
-    def __init__(self, answer: Answer, first: list[Piece], stack: AsyncExitStack) -> None:
+    first: the first pieces; None where a replica must be started before there are any.
+    """
+
+    def __init__(self, answer: Answer, first: list[Piece] | None, stack: AsyncExitStack) -> None:
         super().__init__()
         self._answer = answer
         self._first = first
@@ -87,7 +103,11 @@ class EventStream(Response):
         answer = self._answer
         try:
             opening = b"" if answer.received else answer.shape.opening(len(answer.flight.choices))
-            await self._send(send, opening + self._chunks(self._first))
+            first = self._first
+            while first is None:
+                await self._send(send, KEEP_ALIVE)
+                first = await _next(answer.flight, KEEP_ALIVE_S)
+            await self._send(send, opening + self._chunks(first))
             async for ready in answer.flight:
                 if events := self._chunks(ready):
                     await self._send(send, events)
@@ -123,6 +143,15 @@ class EventStream(Response):
         if piece.finish_reason is not None:  # one more says that the client has had the end
             self._counts[piece.index] = self._answer.flight.choices[piece.index].num_tokens + 1
         return b"id: %b\n%b" % (event_id(self._counts), chunk) if chunk else b""
+
+
+async def _next(flight: Flight, timeout_s: float) -> list[Piece] | None:
+    """The next pieces; None where there are none in this time, and then none is lost. Raises what ends the flight."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await anext(flight)
+    except TimeoutError:
+        return None
 
 
 @asynccontextmanager

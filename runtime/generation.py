@@ -162,6 +162,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     the client's to vary.
     priority: lower goes first.
     timeout_s: seconds from admission to the hard deadline; None for none.
+    digest: of the model whose log this is (router.backend.ModelInfo): another one does not go on with it; empty: nobody
+    says so.
     trial: tokens after which it is cleared of having ended a replica (router/probation.py); 0: nobody says so.
     """
 
@@ -175,6 +177,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     share: float = 1.0
     priority: int = 0
     timeout_s: float | None = None
+    digest: str = ""
     trial: int = 0
 
 

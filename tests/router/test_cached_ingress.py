@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from shoal.router.config import RouterConfig, Rung
 from shoal.router.headers import read_asks
-from shoal.router.ingress import Ingress, Launch
+from shoal.router.ingress import Ingress
+from shoal.router.launch import Launch
 from shoal.router.log_cache import LogCache
 from shoal.router.meters import CacheMeter
 from shoal.router.schema import CompletionRequest, parse

@@ -28,10 +28,13 @@ class Replicas:
     def __init__(self, *names: str) -> None:
         self.problems: dict[str, str | None] = dict.fromkeys(names)
         self.lines: dict[str, LineServer] = {}
+        self.found: dict[str, Address] = {}
         self.silent = False
 
     async def find(self) -> list[Address]:
-        return [await self._address(name) for name in self.problems]
+        for name in self.problems.keys() - self.found.keys():
+            self.found[name] = await self._address(name)
+        return [self.found[name] for name in self.problems]
 
     async def _address(self, name: str) -> Address:
         def status() -> Status:
@@ -97,10 +100,14 @@ def test_replicas_that_fall_silent(service: tuple[Server, Replicas]) -> None:
 
 
 def test_replicas_that_leave(service: tuple[Server, Replicas]) -> None:
+    """One leaves what is new to the other; the last one takes it until it is gone."""
     server, replicas = service
-    for line in replicas.lines.values():
-        server.loop.call_soon_threadsafe(line.goodbye)
-    wait_for(lambda: problem(server) == "not ready: the replica is draining (all 2 replicas)", "the goodbyes")
+    server.loop.call_soon_threadsafe(replicas.lines["r1"].goodbye)
+    wait_for(lambda: cluster(server)["r1"]["state"] == "the replica is draining", "its release")
+    assert problem(server) == ""
+    server.loop.call_soon_threadsafe(replicas.lines["r2"].goodbye)
+    wait_for(lambda: cluster(server)["r2"]["leaving"], "the goodbye")
+    assert problem(server) == ""
     replicas.problems.clear()
     for line in replicas.lines.values():
         asyncio.run_coroutine_threadsafe(line.close(), server.loop).result(5)

@@ -305,9 +305,9 @@ def test_metrics() -> None:
         text = server.get("/metrics").body.decode()
     assert 'shoal_generation_tokens_total{replica="r1"} 42.0' in text
     assert 'shoal_kv_cache_usage_perc{replica="r1"} 0.4' in text
-    assert "shoal_time_to_first_token_seconds_count 1.0" in text
-    assert f"shoal_inter_token_latency_seconds_count {len(ANSWER)}.0" in text
-    assert "shoal_e2e_request_latency_seconds_count 1.0" in text
+    assert 'shoal_time_to_first_token_seconds_count{variant="stable"} 1.0' in text
+    assert f'shoal_inter_token_latency_seconds_count{{variant="stable"}} {len(ANSWER)}.0' in text
+    assert 'shoal_e2e_request_latency_seconds_count{variant="stable"} 1.0' in text
     assert 'shoal_http_responses_total{route="/v1/chat/completions",status="200"} 1.0' in text
     assert 'shoal_http_responses_total{route="other",status="404"} 1.0' in text
     assert "shoal_router_in_flight 0.0" in text

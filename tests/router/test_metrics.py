@@ -135,7 +135,7 @@ def test_vllm_s_names_say_what_ours_say() -> None:
     metrics = RouterMetrics(vllm_model="m")
     choice: Any = SimpleNamespace(last_event=None, first_event=None)
     for _ in range(4):
-        metrics.landed(choice, TokenEvent(id="x", start=0, tokens=[1]), 0.0)
+        metrics.part("stable").landed(choice, TokenEvent(id="x", start=0, tokens=[1]), 0.0)
     stats = {"r1": Stats(num_running=3, generation_tokens=7, steps=1, num_blocks=4, num_blocks_held=1)}
     scraped = Scraped(rendered(metrics, stats).decode())
     for ours, names in NAMES.items():

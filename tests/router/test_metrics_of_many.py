@@ -47,7 +47,7 @@ def test_any_of_them_answers_for_all() -> None:
     fleet.ingresses["a"].answered("/x", 200)
     fleet.ingresses["b"].answered("/x", 200)
     fleet.ingresses["b"].answered("/x", 500)
-    fleet.ingresses["b"].e2e.observe(0.3)
+    fleet.ingresses["b"].part("stable").e2e.observe(0.3)
     for id in "ab":
         scraped = fleet.scrape(id)
         assert total(scraped, "shoal_http_responses_total") == 3
@@ -126,7 +126,7 @@ def test_totals_of_many_dead_are_known_to_whoever_comes_later() -> None:
     for number in range(36):
         fleet.start(f"i{number}")
         fleet.ingresses[f"i{number}"].answered("/x", 200)
-        fleet.ingresses[f"i{number}"].e2e.observe(0.3)
+        fleet.ingresses[f"i{number}"].part("stable").e2e.observe(0.3)
         fleet.scrape("old")
         del fleet.ingresses[f"i{number}"]
         fleet.replicas = {}

@@ -92,6 +92,7 @@ def test_one_line_says_how_it_went(server: Server, log: Log) -> None:
         "status": 200,
         "tenant": "key-1",
         "model": MODEL,
+        "variant": "stable",
         "stream": False,
         "cache": "bypass",
         "choices": 4,
@@ -228,7 +229,7 @@ def test_which_replicas_served_it() -> None:
     choices[1].attempts += ["r2", None]
     exchange = Exchange("x", "POST")
     flight = Flight(choices, _unread, on_event=lambda *_: None, on_end=lambda: None)
-    exchange.launched(Job(prompts=[Prompt([1])], requests=[], n=2), flight, model=MODEL, stream=False)
+    exchange.launched(Job(prompts=[Prompt([1])], requests=[], n=2), flight, model=MODEL, part="stable", stream=False)
     known = facts(exchange, exchange.started + 1.5)
     assert (known["replicas"], known["attempts"], known["e2e_ms"]) == (["r1", "r2"], 4, 1500.0)
     assert (known["finish_reasons"], known["output_tokens"]) == (["incomplete", "incomplete"], 0)
