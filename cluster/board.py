@@ -42,9 +42,9 @@ class _Lines(io.TextIOBase):
 
 
 @contextmanager
-def posting(file: Path) -> Iterator[None]:
+def posting(file: Path | None) -> Iterator[None]:
     """Within: standard error becomes phases, standard output and Shoal's log become notes, what is raised an error."""
-    if not file.parent.is_dir():
+    if file is None or not file.parent.is_dir():
         yield
         return
     notes = _Lines(file, "note")

@@ -10,15 +10,26 @@ import typer
 
 from ..runtime.errors import ConfigError, ShoalError, StartupError
 from .bench import bench
+from .cli_config import config
+from .cli_drain import drain_node
+from .cli_ray_up import ray_up
 from .config import flag_of
-from .flags import SIMULATION, section_fields, with_flags
+from .flags import (
+    AUTOSCALE_SIMULATION,
+    ENGINE_FLAGS,
+    MODEL_HELP,
+    SERVE_FLAGS,
+    SIMULATION,
+    ConfigFile,
+    MaybeModel,
+    section_fields,
+    with_flags,
+)
+from .plan_command import plan
 from .processes import Stop
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
-ENGINE_FLAGS = section_fields("engine", skip=("model",))
-FILE_ONLY = ("secret", "tenants", "ladder")  # a list of processes shows flags, and these are no single values
-SERVE_FLAGS = [*section_fields("server"), *section_fields("router", skip=FILE_ONLY), *ENGINE_FLAGS]
 CHAT_FLAGS = [*ENGINE_FLAGS, ("router", "chat_template")]
 DEMO_FLAGS = [
     *ENGINE_FLAGS,
@@ -34,10 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-MODEL_HELP = "A folder, a hub id already in the local cache, or a .gguf file."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-MaybeModel = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="shoal.yaml; flags win over it.")]
 Url = Annotated[str | None, typer.Option("--url", help="A running server, http://host:port, instead of a model here.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
@@ -50,7 +58,6 @@ def serve(
     model: MaybeModel = None,
     *,
     config: ConfigFile = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="A file with one API key a line.")] = None,
     overrides: dict[tuple[str, str], Any],
 ) -> None:
     """Serve a model over HTTP with OpenAI's API.
@@ -59,13 +66,33 @@ def serve(
     """
     if model is not None:
         overrides["engine", "model"] = model
-    if api_key_file is not None:
-        keys = [*overrides.get(("router", "api_keys"), []), *_read_keys(api_key_file)]
-        overrides["router", "api_keys"] = keys
     from .config import load_config
     from .serve import serve_forever
 
     raise typer.Exit(serve_forever(load_config(overrides, file=config)))
+
+
+@app.command()
+@with_flags(SERVE_FLAGS)
+def deploy(
+    model: MaybeModel = None,
+    *,
+    config: ConfigFile = None,
+    address: Annotated[str, typer.Option(help="Of the cluster: its Ray dashboard.")] = "http://127.0.0.1:8265",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
+    wait: Annotated[bool, typer.Option(help="Until it serves.")] = True,
+    overrides: dict[tuple[str, str], Any],
+) -> None:
+    """Serve a model on a running cluster, or change what it serves.
+
+    What can change in place does, under running answers; the rest is replaced, or added beside.
+    """
+    if model is not None:
+        overrides["engine", "model"] = model
+    from .config import load_config
+    from .deploy import run_deploy
+
+    run_deploy(load_config(overrides, file=config), address=address, dry_run=dry_run, wait=wait)
 
 
 @app.command()
@@ -187,6 +214,27 @@ def simulate(
     run_simulation({name: value for (_, name), value in overrides.items()}, as_json=as_json)
 
 
+@app.command("simulate-autoscaling")
+@with_flags(section_fields(AUTOSCALE_SIMULATION))
+def simulate_autoscaling(
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    overrides: dict[tuple[str, str], Any],
+) -> None:
+    """Compare autoscaling policies over traces of requests on a virtual clock.
+
+    Late first tokens and GPU hours, of ours and of Ray Serve's own. Real schedulers, balancers and policies; step times
+    from a cost model.
+    """
+    from .sim_autoscale import run_autoscale_simulation
+
+    run_autoscale_simulation({name: value for (_, name), value in overrides.items()}, as_json=as_json)
+
+
+app.command()(plan)
+app.command()(drain_node)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -196,6 +244,8 @@ def version() -> None:
 
 
 app.add_typer(bench, name="bench")
+app.add_typer(config, name="config")
+app.add_typer(ray_up, name="ray-up")
 
 keys = typer.Typer(help="API keys and whose they are.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(keys, name="keys")
@@ -273,16 +323,6 @@ def _refuse_flags(overrides: dict[tuple[str, str], Any], url: str) -> None:
     if overrides:
         flags = ", ".join(flag_of(name) for _, name in overrides)
         raise ConfigError(f"{flags}: the server at {url} was told when it was started")
-
-
-def _read_keys(file: Path) -> list[str]:
-    try:
-        keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {file}: {error}") from None
-    if not keys:
-        raise ConfigError(f"--api-key-file {file}: no key in it")
-    return keys
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Flags made from the config models' fields: one source for the name, the type, the default and the help text.
 
-A section is one of `shoal.yaml`'s, or the simulation, which has no file.
+A section is one of `shoal.yaml`'s, or a simulation, which has no file.
 
 A command that lists fields gets one keyword parameter a field, all None unless given, so that a flag that was not
 typed never hides what the file says.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -18,15 +19,34 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .config import ShoalConfig, flag_of
+from .sim_autoscale_config import AutoscaleSimConfig
 from .sim_config import SimConfig
 
-SIMULATION = "simulation"
+SIMULATION, AUTOSCALE_SIMULATION = "simulation", "autoscale-simulation"
+WITHOUT_FILE: dict[str, type[BaseModel]] = {SIMULATION: SimConfig, AUTOSCALE_SIMULATION: AutoscaleSimConfig}
 SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp"}
+
+
+def _fields(section: str) -> dict[str, FieldInfo]:
+    model = WITHOUT_FILE.get(section) or ShoalConfig.model_fields[section].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    return model.model_fields
 
 
 def section_fields(section: str, *, skip: Sequence[str] = ()) -> list[tuple[str, str]]:
     """(section, field) for every field of one section."""
     return [(section, name) for name in _fields(section) if name not in skip]
+
+
+ENGINE_FLAGS = section_fields("engine", skip=("model",))
+# A list of processes shows flags; and what is no single value has no flag.
+FILE_ONLY = ("secret", "tenants", "ladder", "node_labels", "ingress_node_labels")
+SERVE_FLAGS = [*section_fields("server", skip=FILE_ONLY), *section_fields("router", skip=FILE_ONLY), *ENGINE_FLAGS]
+
+MODEL_HELP = "A folder, a hub id already in the local cache, or a .gguf file."
+MaybeModel = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="shoal.yaml; flags win over it.")]
 
 
 def with_flags(fields: Sequence[tuple[str, str]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -51,13 +71,6 @@ def with_flags(fields: Sequence[tuple[str, str]]) -> Callable[[Callable[..., Non
         return run
 
     return decorate
-
-
-def _fields(section: str) -> dict[str, FieldInfo]:
-    model = SimConfig if section == SIMULATION else ShoalConfig.model_fields[section].annotation
-    assert isinstance(model, type)
-    assert issubclass(model, BaseModel)
-    return model.model_fields
 
 
 def _was_given(value: Any) -> bool:

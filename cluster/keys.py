@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ..router.config import TenantConfig, check_key
 from ..runtime.errors import ConfigError, Unavailable
 from .secret import cluster_secret, default_file
+from .secret import secret_of as of_router
 
 KEY_BYTES = 32
 _TIMEOUT_S = 5.0  # an operator's patience, not a request's
@@ -48,9 +49,9 @@ def secret_of(file: Path | None) -> bytes:
     if file is not None:
         from .config import load_config
 
-        secret = load_config({("engine", "model"): "any"}, file=file).router.secret
-        if secret is not None:
-            return secret.encode()
+        router = load_config({("engine", "model"): "any"}, file=file).router
+        if router.secret is not None or router.secret_file is not None:
+            return of_router(router)
     return cluster_secret(default_file()).encode()
 
 

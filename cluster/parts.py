@@ -1,19 +1,36 @@
 """The parts of a deployment: each is some replicas of one model, and a Serve application of its own.
 
-`stable` is what `engine` and `server` describe. A variant is another version of that model, beside it; a model is one
-that clients ask for by its own name. Both say only what differs from `engine`.
+`stable` is what `engine`, `server` and `autoscaling` describe. A variant is another version of that model, beside it; a
+model is one that clients ask for by its own name. Both say only what differs from `engine`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..router.rollout_config import STABLE
+from ..runtime.config import EngineConfig
+from ..runtime.errors import ConfigError
 from .autoscale_config import AutoscalingConfig
 
+if TYPE_CHECKING:
+    from .config import ShoalConfig
+
 NAME = r"^[a-z]([-a-z0-9]{0,18}[a-z0-9])?$"  # it is part of names in Kubernetes
+SMALLER = "smaller"
+"""The part of `server.smaller_model`."""
+
+
+class EngineChanges(EngineConfig):
+    """What differs from the root's `engine`: what is not said is as there."""
+
+    model: str = Field("", description="A folder, a hub id already in the local cache, or a .gguf file.")
 
 
 class PartConfig(BaseModel):
@@ -22,9 +39,14 @@ class PartConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=NAME, description="In metrics, weights and names of Serve applications.")
-    engine: Mapping[str, Any] = Field(default_factory=dict, description="What differs from the root's `engine`.")
+    engine: EngineChanges = Field(
+        default=EngineChanges.model_validate({}), description="What differs from the root's `engine`."
+    )
     replicas: int = Field(1, ge=1, description="Engines, where autoscaling does not say.")
     autoscaling: AutoscalingConfig | None = Field(None, description="How many replicas; without it: `replicas`.")
+    node_labels: dict[str, str] = Field(
+        default_factory=dict, description="Labels of the Ray nodes that its replicas may lie on."
+    )
 
 
 class VariantConfig(PartConfig):
@@ -35,3 +57,100 @@ class ModelConfig(PartConfig):
     """A further model."""
 
     served_model_name: tuple[str, ...] = Field((), description="Names clients may ask for; default: the model's own.")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of them, with nothing left to be looked up elsewhere.
+
+    engine: what the root or the part has set counts as set. replicas: where `autoscaling` does not say.
+    served_model_name: as given, so it may be empty; of a variant it is. node_labels: of nodes that may hold a replica.
+    """
+
+    name: str
+    engine: EngineConfig
+    replicas: int
+    autoscaling: AutoscalingConfig | None
+    served_model_name: tuple[str, ...]
+    is_variant: bool
+    node_labels: Mapping[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """That clients may ask for, the first one is listed first; a variant answers to the main model's instead."""
+        return self.served_model_name or (default_name(self.engine.model),)
+
+    @property
+    def most_replicas(self) -> int:
+        """That there may ever be."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
+
+def parts(config: ShoalConfig) -> list[Part]:
+    """All of a deployment: stable first, then the variants, then the other models."""
+    server = config.server
+    stable = Part(
+        name=STABLE,
+        engine=config.engine,
+        replicas=server.replicas,
+        autoscaling=config.autoscaling,
+        served_model_name=config.router.served_model_name,
+        is_variant=False,
+        node_labels=server.node_labels,
+    )
+    models = list(config.models)
+    if server.smaller_model is not None:
+        models.append(ModelConfig.model_validate({"name": SMALLER, "engine": {"model": server.smaller_model}}))
+    return [
+        stable,
+        *(_part(variant, config, served_model_name=(), is_variant=True) for variant in config.variants),
+        *(_part(model, config, served_model_name=model.served_model_name, is_variant=False) for model in models),
+    ]
+
+
+def check_parts(config: ShoalConfig) -> None:
+    """Names that are there twice, and names of what is not there. Raises ConfigError."""
+    stable, *others = parts(config)
+    names = [part.name for part in (stable, *others)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"two variants or models have the name {twice[0]!r}; stable and {SMALLER!r} have theirs already"
+        )
+    served: dict[str, Part] = dict.fromkeys(stable.names, stable)
+    for part in others:
+        for name in () if part.is_variant else part.names:
+            if (other := served.setdefault(name, part)) is not part:
+                source = f"--smaller-model {part.engine.model}" if part.name == SMALLER else f"the model {part.name!r}"
+                whose = "the main one is" if other is stable else f"the model {other.name!r} is"
+                raise ConfigError(f"{source} would be served as {name!r}, as {whose}")
+    known = [name for name, owner in served.items() if owner is not stable]
+    for rung in config.router.ladder:
+        if rung.model is not None and rung.model not in known:
+            raise ConfigError(
+                f"router.ladder names the model {rung.model!r}, and there is "
+                f"{'only ' + ', '.join(map(repr, known)) if known else 'no other model'} to fall to: set "
+                "--smaller-model, or add it under models"
+            )
+    try:
+        config.rollout.check_names(part.name for part in others if part.is_variant)
+    except ValueError as error:
+        raise ConfigError(f"rollout.{error}") from None
+
+
+def default_name(model: str) -> str:
+    """What clients call the model where no name was given: a hub id as it is, a path's last part without `.gguf`."""
+    path = Path(model).expanduser()
+    return Path(os.path.abspath(path)).name.removesuffix(".gguf") if path.exists() else model
+
+
+def _part(part: PartConfig, config: ShoalConfig, *, served_model_name: tuple[str, ...], is_variant: bool) -> Part:
+    changes = part.engine.model_dump(exclude_unset=True)
+    return Part(
+        name=part.name,
+        engine=config.engine.model_copy(update=changes),
+        replicas=part.replicas,
+        autoscaling=part.autoscaling,
+        served_model_name=served_model_name,
+        is_variant=is_variant,
+        node_labels=part.node_labels,
+    )

@@ -6,18 +6,19 @@ import logging
 
 from ray import serve
 
-from .config import ServerConfig
-
 logger = logging.getLogger("shoal.cluster")
 
 ANSWER_S = 1.0
 
 
 class ServePeers:
-    """A `Peers` of `router/ingress.py`: all ingresses of the deployment that this process is one of."""
+    """A `Peers` of `router/ingress.py`: all ingresses of the deployment that this process is one of.
 
-    def __init__(self, config: ServerConfig) -> None:
-        self._is_alone = config.ingresses == 1
+    is_alone: there will never be another.
+    """
+
+    def __init__(self, *, is_alone: bool) -> None:
+        self._is_alone = is_alone
 
     async def __call__(self, telling: bytes) -> list[bytes]:
         """What they tell; this process is asked with them. Serve waits for all of them or none: where one hangs nothing

@@ -1,60 +1,98 @@
-"""Ray's and Serve's settings for a service on this machine alone: every listener on loopback or on `--host`.
+"""Ray's and Serve's settings: for a service on this machine alone, and for each node of a cluster.
 
-Ray takes them as environment variables that its daemons inherit, so they are set before Ray is imported. Two listeners
-can not be set and are held otherwise: HAProxy's statistics and metrics pages (a launcher that edits its generated
-config) and Serve's port between deployments (`hold_serve_port`).
+Ray takes them as environment variables that its daemons inherit, so they are set before Ray is imported or `ray start`
+runs. Two listeners can not be set and are held otherwise: HAProxy's statistics and metrics pages (a launcher that edits
+its generated config) and Serve's port between deployments (`hold_serve_port`).
+
+On a node, `python -m shoal.cluster.ray_env FOLDER` prints them for a shell: `settings=$(...) && eval "$settings"`.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import stat
+import sys
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import StartupError
 
+SWITCHES = ("RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_ENABLE_HA_PROXY")
+"""On where HAProxy and Serve's fast data path are, on every node."""
+
 LAUNCHER = """\
 #!/bin/sh
-# Starts HAProxy for Ray Serve. Serve's template binds the metrics and statistics pages on every address: hold them to
-# loopback. The frontend's own address comes from serve.start. Arguments: -db -f CONFIG ...
-sed -i -E 's/^( *bind) [*]?:([0-9]+)/\\1 127.0.0.1:\\2/' "$3" || exit 1
+# Starts HAProxy for Ray Serve. Serve's template binds the metrics and statistics pages on every address: hold these two
+# to loopback. The endpoint's own address is as Serve was told. Arguments: -db -f CONFIG ...
+sed -i -E '/^(frontend prometheus|listen stats)$/,/^ *bind /s/^( *bind) [*]?:([0-9]+)/\\1 127.0.0.1:\\2/' "$3" || exit 1
 exec {command} "$@"
 """
 
 
 def ray_environment(run_dir: Path, *, haproxy: bool) -> dict[str, str]:
-    """Environment for Ray's daemons and Serve's actors. Writes HAProxy's launcher into `run_dir`."""
-    settings = {
+    """Environment for Ray's daemons and Serve's actors, on loopback. Writes HAProxy's launcher into `run_dir`."""
+    settings = _everywhere(haproxy=haproxy) | {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the node's address becomes 127.0.0.1, for every Ray daemon
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # Ray's default of 15 lets every other process go before the engine
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # no load balancer in front that must notice first
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0",
-        "RAY_SERVE_ENABLE_HA_PROXY": "0",
-        "PYTHONSAFEPATH": "1",  # our folder kernels/ must not shadow the package of that name in an actor
     }
     if not haproxy:
         return settings
-    stats, metrics, fallback = _free_ports(3)
-    return settings | {
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_launcher(run_dir)),
-        # A private folder: Serve makes the admin socket writable for everyone. Ports of our own: two services may run.
+    stats, metrics, fallback = _free_ports(3)  # of our own: two services may run
+    return (
+        settings
+        | _haproxy_files(run_dir, write_launcher(run_dir))
+        | {
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        }
+    )
+
+
+def cluster_environment(run_dir: Path, launcher: Path | None) -> dict[str, str]:
+    """The same for a node of a cluster: set on every one before `ray start`, and in drivers.
+
+    run_dir: a folder of the node's own, closed to others, at the same place on all nodes. launcher: HAProxy's, where
+    `write_launcher` has left it on each node; None: Serve's own proxy instead.
+    """
+    settings = _everywhere(haproxy=launcher is not None) | {"RAY_AUTH_MODE": "token"}
+    return settings if launcher is None else settings | _haproxy_files(run_dir, launcher)
+
+
+def missing_switches(environment: Mapping[str, str]) -> list[str]:
+    """Which of the switches for HAProxy are not on in `environment`, a process's on a node."""
+    return [name for name in SWITCHES if environment.get(name) != "1"]
+
+
+def _everywhere(*, haproxy: bool) -> dict[str, str]:
+    fast = "1" if haproxy else "0"
+    # A new config comes with a new process; the old one's streams are cut then, by default after 120 s.
+    patient = {"RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600"} if haproxy else {}
+    return patient | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's default of 15 lets every other process go before the engine
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": fast,
+        "RAY_SERVE_ENABLE_HA_PROXY": fast,
+        "PYTHONSAFEPATH": "1",  # our folder kernels/ must not shadow the package of that name in an actor
+    }
+
+
+def _haproxy_files(run_dir: Path, launcher: Path) -> dict[str, str]:
+    """In a private folder: Serve makes the admin socket writable for everyone."""
+    return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run_dir / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run_dir / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(run_dir / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run_dir),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run_dir / "server-state"),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
     }
 
 
@@ -72,7 +110,8 @@ def hold_serve_port() -> None:
     replica.add_port_to_grpc_server = lambda server, _everywhere: bind(server, address)
 
 
-def _write_launcher(run_dir: Path) -> Path:
+def write_launcher(folder: Path) -> Path:
+    """Write HAProxy's launcher into `folder`. Raises StartupError: there is no HAProxy."""
     import shutil
 
     try:
@@ -81,7 +120,7 @@ def _write_launcher(run_dir: Path) -> Path:
         raise StartupError("HAProxy is missing: pip install 'ray[serve]', or serve with --no-haproxy") from None
     # Where util-linux has setpriv, HAProxy also ends when the actor that started it is killed.
     guard = "setpriv --pdeathsig TERM -- " if shutil.which("setpriv") else ""
-    launcher = run_dir / "haproxy"
+    launcher = folder / "haproxy"
     launcher.write_text(LAUNCHER.format(command=f'{guard}"{get_haproxy_binary()}"'))
     launcher.chmod(stat.S_IRWXU)
     return launcher
@@ -105,3 +144,16 @@ def leave_out_daemons() -> None:
     for name in ("start_monitor", "start_log_monitor", "start_api_server"):
         assert callable(getattr(node, name)), name
         setattr(node, name, lambda *_args, **_kwargs: None)
+
+
+def main(run_dir: Path) -> None:
+    """Make `run_dir`, and print a node's settings as a shell reads them."""
+    run_dir.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
+    run_dir.chmod(stat.S_IRWXU)
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # an earlier launcher of ours: the new one would start itself
+    for name, value in cluster_environment(run_dir, write_launcher(run_dir)).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute())

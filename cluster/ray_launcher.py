@@ -9,8 +9,10 @@ is. Ray calls bring ranks up and take them down; what happens in between travels
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,6 +27,7 @@ from ..parallel.control import RankStart
 from ..parallel.grid import Grid
 from ..parallel.launcher import ProcessLauncher
 from ..runtime.errors import StartupError
+from .draining import RayNodes, report_notices
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +57,15 @@ def cpus_needed(replicas: int, grid: Grid) -> int:
 class RayLauncher:
     """A `parallel.launcher.Launcher` in the bundles of the calling actor's placement group."""
 
-    def __init__(self, grid: Grid, *, gpus: bool, timeout_s: float) -> None:
-        """Call it in the replica's actor. timeout_s: to wait for room."""
+    def __init__(self, grid: Grid, *, gpus: bool, timeout_s: float, notice: str = "none") -> None:
+        """Call it in the replica's actor. timeout_s: to wait for room. notice: see `draining.report_notices`."""
         context = ray.get_runtime_context()
         self.node: str = context.get_node_id()
         self.address: str = ray.util.get_node_ip_address()
         self._grid = grid
         self._gpus = gpus
         self._timeout_s = timeout_s
+        self._notice = notice
         group = ray.util.get_current_placement_group()
         assert group is not None, "a replica of several ranks is deployed with a placement group"
         self._group: PlacementGroup = group
@@ -114,7 +118,7 @@ class RayLauncher:
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=1 + stage)
         num_gpus = self._grid.tp if self._gpus else 0
         options = {"num_cpus": CPUS_A_RANK * self._grid.tp, "num_gpus": num_gpus, "max_concurrency": 4}
-        return ray.remote(StageAgent).options(scheduling_strategy=place, **options).remote()
+        return ray.remote(StageAgent).options(scheduling_strategy=place, **options).remote(self._notice)
 
     def _wanted(self, stages: Iterable[int]) -> str:
         bundle = ", ".join(f"{amount:g} {kind}" for kind, amount in bundles(self._grid, gpus=self._gpus)[1].items())
@@ -158,6 +162,10 @@ class RayLauncher:
         self._agents.clear()
 
 
+def _report_notices(source: str) -> None:
+    asyncio.run(report_notices(source, RayNodes()))
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
@@ -165,12 +173,14 @@ def _first_line(error: Exception) -> str:
 class StageAgent:
     """The actor in a stage's bundle: a `ProcessLauncher` behind Ray calls, on whatever node the bundle lies."""
 
-    def __init__(self) -> None:
+    def __init__(self, notice: str = "none") -> None:
         devices = ray.get_gpu_ids()
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
         self._launcher = ProcessLauncher(environment=environment, preload=("shoal.runtime.rank",))
         self._launcher.warm()
         self._node = ray.get_runtime_context().get_node_id()
+        listen = threading.Thread(target=_report_notices, args=(notice,), name="shoal-notice", daemon=True)
+        listen.start()
 
     def is_placed(self) -> bool:
         """Answers once the agent runs."""

@@ -22,20 +22,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..kernels.native_build import UnavailableError, build_library
 from ..runtime.errors import StartupError
 from ..runtime.hub import resolve_model
 from .board import Board
-from .config import EMBEDDED, NO_REDIS, ShoalConfig, check_supported, is_loopback, smaller
+from .config import EMBEDDED, NO_REDIS, ShoalConfig, check_supported, is_loopback
+from .parts import parts
 from .preflight import check_grid, free_port, read_chat_template
 from .processes import Stop, adopting_orphans, ignore_signals, raise_on_signals
 from .progress import Progress
 from .ray_env import leave_out_daemons, ray_environment
 from .redis_server import embedded_redis
-from .secret import cluster_secret, default_file
+from .secret import cluster_secret, default_file, redis_password_in, with_secrets
+from .serve_config import INGRESS_APP, serve_config
 
-APP = "shoal"
+if TYPE_CHECKING:
+    from ray import serve
+
 POLL_S = 0.05
 STATUS_POLL_S = 1.0  # Serve's status costs 30 ms, of cores that the replica wants for its start
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens and frames pass through it, never weights
@@ -59,14 +64,13 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
         ConfigError: refused before anything starts. StartupError: it did not become ready. Stop: a signal came before.
     """
     check_supported(config)
+    config = on_this_machine(config)
     port = free_port(config.server.host, config.server.port)
-    for model in filter(None, (config.engine.model, config.server.smaller_model)):
-        resolve_model(model)
-    chat_template = read_chat_template(config.router.chat_template)
-    check_grid(config.engine)
-    if (small := smaller(config)) is not None:
-        check_grid(small.engine)
-    config = with_secret(config)
+    for part in parts(config):
+        resolve_model(part.engine.model)
+    read_chat_template(config.router.chat_template)
+    for part in parts(config):
+        check_grid(part.engine)
     if config.engine.device != "cuda":
         compile_ahead()
     run_dir = Path(tempfile.mkdtemp(prefix="shoal-"))
@@ -80,7 +84,7 @@ def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
                 start_ray(config, run_dir)
                 raise_on_signals()
                 board = Board(run_dir / "board")
-                url = deploy(config, port=port, chat_template=chat_template, board=board, progress=progress)
+                url = deploy(config, port=port, board=board, progress=progress)
                 progress.close()
                 ready = True
                 yield url
@@ -107,12 +111,32 @@ def compile_ahead() -> None:
     threading.Thread(target=compile_kernels, name="shoal-compile", daemon=True).start()
 
 
-def with_secret(config: ShoalConfig) -> ShoalConfig:
-    """The config with the cluster's secret in it. Raises ConfigError."""
-    if config.router.secret is not None:
-        return config
-    router = config.router.model_copy(update={"secret": cluster_secret(default_file())})
-    return config.model_copy(update={"router": router})
+def on_this_machine(config: ShoalConfig) -> ShoalConfig:
+    """The config with all that its files hold, and what only a cluster can leave open. Raises ConfigError."""
+    router, server = config.router, config.server
+    if router.secret is None and router.secret_file is None:
+        router = router.model_copy(update={"secret": cluster_secret(default_file())})
+    template = router.chat_template
+    router = with_secrets(router).model_copy(
+        update={
+            "secret_file": None,
+            "api_key_file": None,
+            "served_model_name": parts(config)[0].names,
+            "chat_template": template and template.expanduser().absolute(),  # actors have other folders
+        }
+    )
+    password = server.redis_password_file
+    if password is not None:
+        redis_password_in(password)
+    server = server.model_copy(
+        update={
+            "redis_password_file": password and password.expanduser().absolute(),
+            # The whole service ends at once: nobody is there to take anything over.
+            "drain_timeout_s": server.shutdown_timeout_s,
+            "ingress_drain_timeout_s": server.shutdown_timeout_s,
+        }
+    )
+    return config.model_copy(update={"router": router, "server": server})
 
 
 @contextmanager
@@ -142,18 +166,13 @@ def start_ray(config: ShoalConfig, run_dir: Path) -> None:
     ray.init(
         address="local",
         # Cores are shared out by threads: what actors ask for must never be what keeps them waiting.
-        num_cpus=max(os.cpu_count() or 1, cpus_needed(num_replicas(config), config.engine.grid)),
+        num_cpus=max(os.cpu_count() or 1, sum(cpus_needed(p.most_replicas, p.engine.grid) for p in parts(config))),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         configure_logging=False,
         log_to_driver=False,
-        namespace=APP,
+        namespace=INGRESS_APP,
     )
-
-
-def num_replicas(config: ShoalConfig) -> int:
-    """Of all models."""
-    return config.server.replicas + (config.server.smaller_model is not None)
 
 
 def share_cores(config: ShoalConfig) -> ShoalConfig:
@@ -161,11 +180,12 @@ def share_cores(config: ShoalConfig) -> ShoalConfig:
     engine = config.engine
     if engine.device != "cpu" or engine.num_threads is not None:
         return config
-    threads = max(1, (os.cpu_count() or 1) // (num_replicas(config) * engine.grid.size))
+    num_ranks = sum(part.most_replicas * part.engine.grid.size for part in parts(config))
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
     return config.model_copy(update={"engine": engine.model_copy(update={"num_threads": threads})})
 
 
-def deploy(config: ShoalConfig, *, port: int, chat_template: str | None, board: Board, progress: Progress) -> str:
+def deploy(config: ShoalConfig, *, port: int, board: Board, progress: Progress) -> str:
     """Serve with our app on it; returns the URL once `/ready` is 200."""
     import ray
     from ray import serve
@@ -173,17 +193,34 @@ def deploy(config: ShoalConfig, *, port: int, chat_template: str | None, board: 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve sets it to INFO when it is imported
     progress.phase("starting Ray Serve")
     starting = start_serve(config.server.host, port)
-    from .app import build_app, on_device
+    from .app import on_device
 
     await_controller(starting)
     config = share_cores(on_device(config, num_gpus=ray.cluster_resources().get("GPU", 0.0)))
-    app = build_app(config, board=board.file, chat_template=chat_template)
+    targets = run_targets(config, board)
     progress.phase("starting the replica")
     with board.follow(progress):
-        serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)
+        serve.run_many(targets, wait_for_applications_running=False)
         starting.result()
         await_ready(config, port=port, board=board)
     return url_of(config.server.host, port)
+
+
+def run_targets(config: ShoalConfig, board: Board) -> list[serve.RunTarget]:
+    """The applications of the declarative config, built in this process: a cluster's would cost a second each."""
+    from ray import serve
+
+    from .app import application
+
+    targets = []
+    for entry in serve_config(config)["applications"]:
+        (options,) = entry["deployments"]
+        args = {**entry["args"], "board": board.file}
+        if "part" not in args:
+            args["is_alone"] = config.server.ingresses == 1
+        app = application(args, **options)
+        targets.append(serve.RunTarget(app, name=entry["name"], route_prefix=entry["route_prefix"]))
+    return targets
 
 
 def start_serve(host: str, port: int) -> Future[None]:
@@ -243,14 +280,14 @@ def await_ready(config: ShoalConfig, *, port: int, board: Board) -> None:
 
 
 def deploy_failure() -> str:
-    """Why Serve gave the app up; empty while it has not."""
+    """Why Serve gave an application up; empty while it has not."""
     from ray import serve
 
-    status = serve.status().applications.get(APP)
-    if status is None or status.status != "DEPLOY_FAILED":
-        return ""
-    details = [d.message for d in status.deployments.values() if d.message] or [status.message]
-    return "\n".join([*details, f"Ray's logs are in {log_dir()}"])
+    for app in serve.status().applications.values():
+        if app.status == "DEPLOY_FAILED":
+            details = [d.message for d in app.deployments.values() if d.message] or [app.message]
+            return "\n".join([*details, f"Ray's logs are in {log_dir()}"])
+    return ""
 
 
 def status_of(host: str, port: int, path: str) -> int:
@@ -297,7 +334,7 @@ def drain(timeout_s: float) -> None:
     from ray import serve
 
     async def ask() -> None:  # handles want a running loop when Serve is set for throughput
-        handle = serve.get_app_handle(APP)
+        handle = serve.get_app_handle(INGRESS_APP)
         await handle.check_health.remote()  # a new handle knows of no replica before its first call
         await handle.broadcast("drain", timeout_s).results_async(timeout_s=timeout_s + 1, return_exceptions=True)
         await handle.shutdown_async()
@@ -337,10 +374,9 @@ def has_daemons() -> bool:
 
 def announce(config: ShoalConfig, url: str) -> None:
     """Where it listens, and who may come in."""
-    small = smaller(config)
-    names = ", ".join(config.router.served_model_name + (() if small is None else small.router.served_model_name))
+    names = ", ".join(name for part in parts(config) if not part.is_variant for name in part.names)
     print(f"Serving {names} at {url}/v1", flush=True)
-    if not (config.router.api_keys or config.router.tenants):
+    if not config.router.has_keys:
         reach = "only this machine can reach it" if is_loopback(config.server.host) else "ANYONE can use it"
         print(f"No API key is set: {reach}.", flush=True)
 

@@ -148,8 +148,12 @@ def sim_config(values: Mapping[str, object]) -> SimConfig:
     try:
         return SimConfig.model_validate(values)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-    raise ConfigError("\n".join(_flag(problem) + _words(problem) for problem in problems))
+        raise ConfigError(problems_of(error)) from None
+
+
+def problems_of(error: ValidationError) -> str:
+    """One line a problem, each naming flag, limit and value."""
+    return "\n".join(_flag(problem) + _words(problem) for problem in error.errors(include_url=False))
 
 
 def _read_costs(file: Path) -> StepCosts:

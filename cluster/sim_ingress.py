@@ -40,7 +40,15 @@ class _Link:
 
     def state(self) -> ReplicaState:
         corrections = self.ledger.corrections()
-        return ReplicaState(problem=None, stats=self.stats, ranks=[], in_flight=self.in_flight, **corrections)
+        return ReplicaState(
+            problem=None,
+            stats=self.stats,
+            ranks=[],
+            in_flight=self.in_flight,
+            digest="",
+            is_leaving=False,
+            **corrections,
+        )
 
 
 class ScriptIndex(PrefixIndex):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import msgspec
+
 from ..runtime.blocks import BlockPool, Changes
 from ..runtime.engine import stats_of
 from ..runtime.generation import GenerationRequest, TokenEvent
@@ -48,6 +50,7 @@ class SimReplica:
         self.born_at = clock()
         self.wakes_at = _NEVER
         self.num_steps = 0
+        self.busy_s = 0.0
         self._costs = costs
         self._clock = clock
         self._gaps = gaps
@@ -90,6 +93,7 @@ class SimReplica:
         plan, seconds = self._step
         events = self._scheduler.update(plan, self._scheduler.draw(plan))
         self.num_steps += 1
+        self.busy_s += seconds
         notable = [event for event in events if event.start == 0 or event.finish_reason is not None]
         num_gaps = len(events) - sum(event.start == 0 for event in events)
         if self._silent:
@@ -105,7 +109,7 @@ class SimReplica:
     def stats(self) -> Stats:
         """How things stand, as an engine would report it."""
         self._catch_up()
-        return stats_of(self._scheduler)
+        return msgspec.structs.replace(stats_of(self._scheduler), steps=self.num_steps, device_s=self.busy_s)
 
     def changes(self) -> Changes:
         """What became of the cached blocks since this was asked last."""
@@ -183,6 +187,7 @@ class SimReplica:
         for began, ended in pairwise(begins[: steps + 1]):
             self._gaps.add(ended - began, rows)
         self.num_steps += steps
+        self.busy_s += begins[steps] - begins[0]
         del begins[:steps]
 
     def _speak(self, events: list[TokenEvent]) -> int:

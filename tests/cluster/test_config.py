@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.cluster.config import ServerConfig, check_supported, default_name, is_loopback, load_config, smaller
+from shoal.cluster.config import ServerConfig, check_supported, is_loopback, load_config
+from shoal.cluster.parts import default_name, parts
 from shoal.cluster.serve import share_cores
 from shoal.runtime.errors import ConfigError
 
@@ -31,7 +32,7 @@ def test_defaults_are_the_models(tmp_path: Path) -> None:
     config = load_config(MODEL)
     assert config.server == ServerConfig()
     assert config.server.host == "127.0.0.1"
-    assert config.router.served_model_name == ("some/model",)
+    assert [part.names for part in parts(config)] == [("some/model",)]
     check_supported(config)
     assert load_config(MODEL, file=write(tmp_path, "")).engine == config.engine
     assert load_config(MODEL, file=write(tmp_path, "server:\n")).server == config.server
@@ -93,6 +94,13 @@ def test_a_secret_that_can_be_guessed_is_refused_and_not_shown(tmp_path: Path, s
     assert "not a long one" not in str(refused.value)
 
 
+def test_a_password_needs_a_redis_that_asks_for_it() -> None:
+    given: dict[tuple[str, str], object] = {**MODEL, ("server", "redis_password_file"): "/etc/password"}
+    with pytest.raises(ConfigError, match="--redis-url is embedded"):
+        check_supported(load_config(given))
+    check_supported(load_config({**given, ("server", "redis_url"): "redis://there"}))
+
+
 def test_one_port_is_not_two() -> None:
     with pytest.raises(ConfigError, match="--metrics-port 8000"):
         check_supported(load_config({**MODEL, ("server", "metrics_port"): 8000}))
@@ -143,12 +151,9 @@ SMALL = {("server", "smaller_model"): "some/small.gguf"}
 
 def test_the_smaller_model_has_the_main_one_s_options() -> None:
     config = load_config({**MODEL, **SMALL, ("engine", "max_num_seqs"): 3, ("server", "replicas"): 4})
-    small = smaller(config)
-    assert small is not None
-    assert (small.engine.model, small.engine.max_num_seqs, small.server.replicas) == ("some/small.gguf", 3, 1)
-    assert small.router.served_model_name == ("some/small.gguf",)
-    assert smaller(small) is None
-    assert smaller(load_config(MODEL)) is None
+    _, small = parts(config)
+    assert (small.engine.model, small.engine.max_num_seqs, small.replicas) == ("some/small.gguf", 3, 1)
+    assert small.names == ("some/small.gguf",)
 
 
 def test_a_ladder_falls_to_a_model_that_is_there(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ import ray
 from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from shoal.cluster.app import build_app, on_device
+from shoal.cluster.app import on_device
 from shoal.cluster.board import Board
 from shoal.cluster.config import load_config
-from shoal.cluster.serve import status_of
+from shoal.cluster.serve import run_targets, status_of
 
 START_S = 120
 READY_S = 100.0
@@ -52,8 +52,7 @@ def main(model: str, here: str, there: str, port: int, folder: Path) -> None:
     ray.get([lodger.__ray_ready__.remote() for lodger in (*lodgers, last)])
     serve.start(http_options={"host": here, "port": port}, proxy_location="HeadOnly")
     board = Board(folder / "board")
-    app = build_app(config, board=board.file)
-    serve.run_many([serve.RunTarget(app, name="shoal")], wait_for_applications_running=False)
+    serve.run_many(run_targets(config, board), wait_for_applications_running=False)
     until(lambda: status_of(here, port, "/health") == 200, "no ingress")
     ray.kill(last)
     until(lambda: status_of(here, port, "/ready") == 200, "not ready")

@@ -21,8 +21,8 @@ def main(model: str, port: int, folder: Path) -> None:
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    from shoal.cluster.app import build_app, on_device
-    from shoal.cluster.serve import status_of
+    from shoal.cluster.app import on_device
+    from shoal.cluster.serve import run_targets, status_of
 
     overrides = {
         ("router", "secret"): "s" * 64,
@@ -46,8 +46,7 @@ def main(model: str, port: int, folder: Path) -> None:
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
         board = Board(folder / "board")
-        app = build_app(config, board=board.file)
-        serve.run_many([serve.RunTarget(app, name="shoal")], wait_for_applications_running=False)
+        serve.run_many(run_targets(config, board), wait_for_applications_running=False)
         while status_of("127.0.0.1", port, "/health") != 200:
             time.sleep(0.2)
         ray.kill(lodgers.pop())
