@@ -1,0 +1,47 @@
+{{/* Names and labels. KubeRay appends to the RayService's name and must not be cut short: a long one is refused. */}}
+{{- define "shoal.name" -}}
+{{- if .Values.fullnameOverride }}{{ .Values.fullnameOverride }}
+{{- else }}
+{{- $chart := .Values.nameOverride | default .Chart.Name }}
+{{- if contains $chart .Release.Name }}{{ .Release.Name }}{{ else }}{{ printf "%s-%s" .Release.Name $chart }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{- define "shoal.labels" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end }}
+
+{{/* Of Ray's pods. KubeRay's own services select by app.kubernetes.io/name, so that one stays KubeRay's. */}}
+{{- define "shoal.podLabels" -}}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/part-of: {{ .root.Chart.Name }}
+shoal/part: {{ .part }}
+{{- end }}
+
+{{- define "shoal.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{- define "shoal.secret" -}}
+{{ .Values.secrets.existingSecret | default (include "shoal.name" .) }}
+{{- end }}
+
+{{- define "shoal.redisHost" -}}
+{{ printf "%s-redis.%s.svc" (include "shoal.name" .) .Release.Namespace }}
+{{- end }}
+
+{{/* Seconds that the answers of a worker's pod may go on for when it is to go. */}}
+{{- define "shoal.drain" -}}
+{{- $server := .root.Values.server }}
+{{- $longest := max (ceil (dig "drain_timeout_s" 30 $server)) (ceil (dig "ingress_drain_timeout_s" 600 $server)) }}
+{{- .pods.drainSeconds | default $longest | int }}
+{{- end }}
+
+{{/* The Service with the ingresses behind it. */}}
+{{- define "shoal.service" -}}
+{{ include "shoal.name" . }}{{ if eq (include "shoal.upgrade" .) "NewClusterWithIncrementalUpgrade" }}-routers{{ end }}
+{{- end }}
