@@ -176,7 +176,8 @@ def quantize(
 ) -> None:
     """Write a quantised copy of a model, as compressed-tensors.
 
-    What is written is served by shoal and vLLM, and read by transformers.
+    What is written is served by shoal, in the layouts that vLLM takes, and read by transformers; of int4 with
+    --symmetric alone.
     """
     from ..runtime.quantize import HEAD, Recipe
     from .quantize import run_quantize

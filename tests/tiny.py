@@ -1,6 +1,9 @@
-"""Tokenizers small enough to reason about, for tests of anything that speaks in text."""
+"""Tokenizers and a model small enough to reason about, for tests of anything that speaks in text."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -13,6 +16,33 @@ TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+
+
+def tiny_model(folder: Path, *, max_len: int = 8192) -> Path:
+    """The folder, with a random llama in it that speaks the byte tokenizer's tokens."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=272,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=max_len,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = EOS
+    model.save_pretrained(folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

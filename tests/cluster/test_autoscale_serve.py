@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from ..tiny import tiny_model
 from .served import Served
-from .test_change_without_loss import tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

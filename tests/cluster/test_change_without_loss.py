@@ -23,22 +23,11 @@ import pytest
 from shoal.cluster.preflight import free_port
 from shoal.cluster.processes import adopting_orphans
 
-from ..tiny import EOS, TEMPLATE, byte_tokenizer
+from ..tiny import tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 START_S = 150.0
-SIZES = {
-    "vocab_size": 272,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 8192,
-    "eos_token_id": EOS,
-    "bos_token_id": 256,
-}
 LONG = 1500  # tokens: more than a replica that leaves has time for
 ASKED: list[dict[str, Any]] = [
     {"prompt": "Once upon a time", "temperature": 0, "max_tokens": LONG, "stream": True},
@@ -188,18 +177,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         service = Service(tiny_model(tmp_path_factory.mktemp("model")), tmp_path_factory.mktemp("changing"))
         yield service
         service.close()
-
-
-def tiny_model(folder: Path) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(folder)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")

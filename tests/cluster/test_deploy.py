@@ -24,7 +24,7 @@ from shoal.cluster.ray_env import ray_environment
 from shoal.cluster.serve_config import serve_config
 from shoal.runtime.errors import ConfigError, StartupError
 
-from .test_change_without_loss import tiny_model
+from ..tiny import tiny_model
 
 SECRET = "s" * 40
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,33 +15,10 @@ import yaml
 from shoal.cluster.preflight import free_port
 from shoal.cluster.processes import adopting_orphans
 
-from ..tiny import TEMPLATE, byte_tokenizer
+from ..tiny import tiny_model
 from .chart import CHART, manifests, needs_helm, ray_service
 
 KEY = "sk-shoal-of-a-test"
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-}
-
-
-def tiny_model(folder: Path) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(folder)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def here(config: str, folder: Path, *, port: int, metrics_port: int) -> str:

@@ -1,7 +1,6 @@
 """`LLM` as a program uses it: a tiny random model in a folder, with a byte tokenizer beside it."""
 
 import asyncio
-import json
 import subprocess
 import sys
 import time
@@ -15,35 +14,14 @@ from shoal.runtime import LLM, SamplingParams, StructuredOutputs
 from shoal.runtime.errors import ConfigError, ContextTooLong, InvalidRequest, MemoryPlanError
 from shoal.runtime.stats import Stats
 
-from ..tiny import EOS, TEMPLATE, byte_tokenizer
+from ..tiny import tiny_model
 
-SIZES = {
-    "vocab_size": 272,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "eos_token_id": EOS,
-    "bos_token_id": 256,
-}
 OPTIONS = {"dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_memory_gb": 0.01}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(3)
-    out = tmp_path_factory.mktemp("tiny-llama")
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
-    model.generation_config.eos_token_id = EOS
-    model.save_pretrained(out)
-    byte_tokenizer().save(str(out / "tokenizer.json"))
-    config = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": TEMPLATE}
-    (out / "tokenizer_config.json").write_text(json.dumps(config))
-    return out
+    return tiny_model(tmp_path_factory.mktemp("tiny-llama"), max_len=128)
 
 
 @pytest.fixture(scope="module")
