@@ -90,9 +90,7 @@ def actors(kind: str) -> dict[int, str]:
 def main(model: str, port: int, folder: Path) -> None:
     run_dir = tempfile.mkdtemp(prefix="shoal-")  # a short name: HAProxy has sockets there
     os.environ.update(ray_environment(Path(run_dir), haproxy=True))
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
-        32
-    )  # else the first Ray on a machine makes one, and a Cluster does not
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # `ray.init` would make one, a Cluster does not
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster

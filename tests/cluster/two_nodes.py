@@ -18,9 +18,7 @@ from shoal.cluster.ray_env import ray_environment
 
 def main(model: str, port: int, folder: Path) -> None:
     os.environ.update(ray_environment(folder, haproxy=False))
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
-        32
-    )  # else the first Ray on a machine makes one, and a Cluster does not
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # `ray.init` would make one, a Cluster does not
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
