@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,12 +44,13 @@ def read_model(model: str, *, quantization: str | None, max_len: int | None) -> 
     """
     from ..runtime.models.spec_cache import remembered_spec
     from ..runtime.rank import open_checkpoint
+    from ..runtime.safetensors_checkpoint import read_json
     from ..runtime.weight_plan import StoredAs, StoredIn
 
     path = _find(model)
     has_weights = path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors")))
     checkpoint = open_checkpoint(path) if has_weights else None
-    config = _read_json(path) if checkpoint is None else checkpoint.config
+    config = read_json(path if path.is_file() else path / "config.json") if checkpoint is None else checkpoint.config
     told, rounds_to = _form(config)
     if quantization is not None and (told is not None or path.suffix == ".gguf"):
         raise ConfigError(
@@ -72,17 +72,6 @@ def _find(model: str) -> Path:
 
     path = Path(model).expanduser()
     return path.resolve() if path.is_file() and path.suffix == ".json" else resolve_model(model)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    file = path if path.is_file() else path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file}: the root is a {type(config).__name__}; it must be an object")
-    return config
 
 
 def _words(spec: ModelSpec, stored: Stored) -> str:

@@ -1,7 +1,7 @@
 """Beside station 7: a part of the deployment that sleeps has no replica on purpose, until somebody asks for it.
 
 A request that comes then is held, not refused (resume.py), and while any is held, demand is made for a replica. How is
-the caller's to know: `cluster/app.py` asks Ray Serve for a replica's address, and Serve, which counts who waits for
+the caller's to know: `cluster/ingress.py` asks Ray Serve for a replica's address, and Serve, which counts who waits for
 that, starts one. It may take minutes, and it may fail: then requests end at their deadlines, with 503.
 """
 

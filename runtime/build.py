@@ -194,7 +194,7 @@ def _depth(config: EngineConfig, device: torch.device) -> int:
     """
     if config.grid.size == 1 and device.type == "cpu":
         return 1
-    return _num_microbatches(config) + (config.pp_schedule == "ring")
+    return _num_microbatches(config) + 1 if config.pp_schedule == "ring" else _num_microbatches(config)
 
 
 def _num_microbatches(config: EngineConfig) -> int:

@@ -111,7 +111,7 @@ class SafetensorsCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = _read_json(folder / "config.json")
+        self.config: dict[str, Any] = read_json(folder / "config.json")
         self._files: dict[Path, SafetensorsFile] = {}
         self._where = self._locate()
 
@@ -150,7 +150,7 @@ class SafetensorsCheckpoint:
         return dict.fromkeys(self._open(directory).entries, directory)
 
     def _indexed(self, index: Path) -> dict[str, Path]:
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: expected an object 'weight_map', found {type(weight_map).__name__}")
         return {name: self._inside(index, name, file) for name, file in weight_map.items()}
@@ -179,7 +179,8 @@ class SafetensorsCheckpoint:
         return self._files[path]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a file. Raises CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
