@@ -28,7 +28,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,6 +115,7 @@ class Ask:
         self.num_sent = 0
         self.longest_pause = 0.0
         self.error: str | None = None
+        self.met: list[str] = []  # what each sending before the last one ended with
         self._service = service
         self._body = json.dumps({**body, "stream": True}).encode()
         self._key = uuid.uuid4().hex
@@ -131,6 +132,7 @@ class Ask:
                 self.error = str(refusal)
                 return
             except (Broken, OSError, http.client.HTTPException) as failure:
+                self.met.append(repr(failure))
                 if time.monotonic() > deadline:
                     self.error = f"no answer in {PATIENCE_S:.0f} s: {failure!r}"
                     return
@@ -178,6 +180,11 @@ class Ask:
         return False
 
 
+def runs(items: list[str]) -> list[tuple[int, str]]:
+    """Each item with how often it comes in a row."""
+    return [(len(list(same)), item) for item, same in groupby(items)]
+
+
 class Clients:
     """Closed-loop clients in threads, and what became of their requests."""
 
@@ -219,6 +226,8 @@ class Clients:
         self.pauses.append(asked.longest_pause)
         if asked.error is not None:
             self.errors[asked.error[:120]] += 1
+            met = "".join(f"\n    {num}x {what}" for num, what in runs(asked.met))
+            print(f"  failed, sent {asked.num_sent}x, {len(asked.text)} characters: {asked.error}{met}", flush=True)
         if asked.ends > 1:
             self.violations.append(f"{asked.ends} terminal events")
         if asked.error is None and asked.text != wanted:

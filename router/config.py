@@ -126,7 +126,9 @@ class RouterConfig(BaseModel):
     redis_timeout_s: float = Field(0.05, gt=0, le=5, description="For one answer of Redis.")
 
     resume_attempts: int = Field(3, ge=0, description="Replicas that may be lost under one generation; 0: none.")
-    resume_wait_s: float = Field(30.0, ge=0, description="How long a log waits for a replica that can continue it.")
+    resume_wait_s: float = Field(
+        30.0, ge=0, description="How long a log waits for a replica that can continue it, or for Redis, which keeps it."
+    )
 
     vllm_metrics: bool = Field(False, description="Serve the metrics that dashboards use under vLLM's names, too.")
     log_prompts: bool = Field(False, description="Write prompts and answers to the request log.")

@@ -82,13 +82,14 @@ return {redis.call('EXISTS', KEYS[3]), last(KEYS[2])}
 class Opened(msgspec.Struct, frozen=True):
     """kept: the log is finished. leads: the lease is ours; `parts` is what the stream had. Neither: another one leads.
 
-    is_there: somebody has begun it. is_up: there is a store.
+    is_there: somebody has begun it. is_up: the store said so. may_be_there: it could not be asked just now.
     """
 
     kept: Kept | None = None
     leads: bool = False
     is_there: bool = True
     is_up: bool = True
+    may_be_there: bool = False
     parts: list[Part] = []
 
 
@@ -116,6 +117,7 @@ class LogStore:
         self.keep_ms = int(config.flight_keep_s * 1000)
         self.ttl_s = config.cache_ttl_s
         self.limit_s = config.redis_timeout_s
+        self.patience_s = config.resume_wait_s
 
     def link(self, name: bytes, *, owner: str) -> Link:
         return Link(self, name, owner=owner)

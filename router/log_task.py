@@ -4,9 +4,12 @@
        ├──── the lease is ours ──> LEADS <── its leader is gone ──┐
        ├──── another one leads ──> TAILS ─────────────────────────┤
        └──── no store ───────────> ALONE <── no store, or it differs
+                                     └───> LEADS, once there is a store that has nothing else
 
 One generation runs while it leads or is alone; its tokens are read here at once, and every so often all that are new go
-to the store. What a reader was given stands: where the store says otherwise, the log goes on alone and is not stored.
+to the store. Where that did not answer they go there later: a log that it does not have cannot be continued elsewhere.
+What a reader was given stands: where the store says otherwise, the log goes on alone and is not stored.
+A reader who has had a part of a log that only the store knows waits for the store: nothing else can go on with it.
 """
 
 from __future__ import annotations
@@ -36,10 +39,11 @@ from .cache import CacheStatus
 from .live_log import Bell, Differs, LiveLog, LogReader, expired, refused
 from .log_store import Appended, LogStore, Opened
 from .log_value import Ending, Head, Kept, Part
-from .store import StoreDown
+from .store import StoreAbsent, StoreDown
 
 FOLLOWED_S = 0.03  # between two writes while another ingress follows
 UNFOLLOWED_S = 0.25  # and while none does: then they serve a takeover alone, which makes the missing tokens again
+RETRY_S = 0.1  # between two looks for a store that does not answer
 
 
 class Role(Enum):
@@ -113,18 +117,33 @@ class LogTask:
     # What there is
 
     async def _open(self) -> None:
-        """Look it up; once more where those who may not begin it have to be sent away."""
-        log = self.log
+        """Look it up; those who may not begin it wait while the store does not answer, and are sent away without it."""
+        log, until = self.log, _now() + self._shared.patience_s
         while log.is_live and log.readers:
-            only_if_there = any(reader.must_exist for reader in log.readers)
-            opened = await self._look_up(only_if_there=only_if_there)
-            if opened.is_there or not only_if_there:
+            opened = await self._look_up(only_if_there=self._is_sought)
+            sought = [reader for reader in log.readers if reader.must_exist]
+            if opened.is_there or not sought:
                 self._settle(opened)
                 return
-            for reader in [*log.readers]:
-                if reader.must_exist:
-                    lost = "the log that was to be continued is gone; send the request again without Last-Event-ID"
-                    reader.fail(LogLost(lost, param="last-event-id"))
+            if opened.may_be_there and len(sought) == len(log.readers) and _now() < until:
+                await asyncio.sleep(RETRY_S)
+                continue
+            for reader in sought:
+                reader.fail(self._gone(opened))
+
+    @property
+    def _is_sought(self) -> bool:
+        """Somebody reads it who has had a part of it, and we do not know how it began."""
+        return not self._has_head and any(reader.must_exist for reader in self.log.readers)
+
+    def _gone(self, opened: Opened) -> ShoalError:
+        if opened.may_be_there:
+            waited = f"{self._shared.patience_s:g} s (resume_wait_s)"
+            return Unavailable(
+                f"Redis, where the log that was to be continued is kept, did not answer in {waited}", retry_after=1.0
+            )
+        lost = "the log that was to be continued is gone; send the request again without Last-Event-ID"
+        return LogLost(lost, param="last-event-id")
 
     async def _look_up(self, *, only_if_there: bool) -> Opened:
         """Without a store there is nothing, and nobody to share with."""
@@ -134,11 +153,14 @@ class LogTask:
                 if kept is not None:
                     return Opened(kept=kept)
                 return await self._link.open(Part(0, head=self.log.tape.head), only_if_there=only_if_there)
-        except (StoreDown, TimeoutError):
+        except StoreAbsent:
             return Opened(is_there=False, is_up=False)
+        except (StoreDown, TimeoutError):
+            return Opened(is_there=False, is_up=False, may_be_there=True)
 
     def _settle(self, opened: Opened) -> None:
         log = self.log
+        self._has_head |= not opened.is_there  # it begins here
         self._take(opened)
         if opened.kept is not None:
             log.age_s = max(0.0, self._clock() - opened.kept.created)
@@ -159,6 +181,7 @@ class LogTask:
         self._sent = len(tape.tokens) if is_new else 0  # what was read here may be more than the stream has now
 
     async def _begin(self) -> None:
+        self._has_head = True
         self.log.settle(CacheStatus.MISS)
 
     async def _find(self) -> None:
@@ -210,7 +233,7 @@ class LogTask:
         try:
             while not producer.done():
                 await self._bell.wait(min(FOLLOWED_S if self._wanted else UNFOLLOWED_S, self._shared.beat_s))
-                if self._role is Role.LEADS and log.is_live:
+                if log.is_live and not self._differs:
                     await self._flush()
                 if not log.is_live or self._role is Role.TAILS or not (log.readers or self._wanted):
                     return
@@ -259,6 +282,8 @@ class LogTask:
         """To the stream with what is new; or say that we are here, or ask whether others still follow."""
         log, now = self.log, _now()
         length = len(log.tape.tokens)
+        if not self._shared.store.available:
+            return
         if length <= self._sent and log.readers and now < self._due:
             return
         try:
@@ -271,11 +296,13 @@ class LogTask:
         if reply.taken:
             self._role = Role.TAILS
         elif reply.missed is None:
+            self._role = Role.LEADS
             self._sent = length
         elif not reply.missed:  # the store has lost it
             self._sent = 0
         elif not all(log.tape.holds(part) for part in reply.missed):  # else it was ours, and the answer got lost
-            self._part()
+            self._role = Role.TAILS
+            self._absorb(reply.missed)
 
     # Tailing
 
@@ -292,7 +319,10 @@ class LogTask:
             if parts and self.log.is_live and self._role is Role.TAILS:
                 await self._heed(parts[-1])
         except StoreDown:
-            self._role = Role.ALONE
+            if self._is_sought:
+                await self._open()
+            else:
+                self._role, self._sent = Role.ALONE, 0
 
     async def _heed(self, last: Part) -> None:
         """How the leader left, if it did. Where another one leads by now, that is history."""
@@ -306,6 +336,9 @@ class LogTask:
             log.changed()
 
     async def _take_lead(self) -> None:
+        if self._is_sought:
+            await self._open()
+            return
         opened = await self._link.open(Part(0, head=self.log.tape.head), only_if_there=False)
         if opened.leads:
             self._meter.takeovers.inc()

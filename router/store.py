@@ -16,6 +16,10 @@ class StoreDown(Exception):
     """The store did not answer as it should, or was not asked. Says why, for our log alone."""
 
 
+class StoreAbsent(StoreDown):
+    """There is no store, and there will be none: to ask again is no use."""
+
+
 class Script(msgspec.Struct, frozen=True):
     """Lua that Redis runs as one step: shipped with us, sent by its digest once it is known there."""
 
@@ -71,19 +75,19 @@ class NoStore:
     available = False
 
     async def get(self, key: bytes) -> bytes | None:
-        raise StoreDown("there is no store")
+        raise StoreAbsent("there is no store")
 
     async def set(self, key: bytes, value: bytes, *, ttl_s: float) -> None:
-        raise StoreDown("there is no store")
+        raise StoreAbsent("there is no store")
 
     async def delete(self, *keys: bytes) -> None:
-        raise StoreDown("there is no store")
+        raise StoreAbsent("there is no store")
 
     async def run(self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int]) -> Any:
-        raise StoreDown("there is no store")
+        raise StoreAbsent("there is no store")
 
     async def read(self, stream: bytes, *, after: int, wait_s: float) -> list[Entry]:
-        raise StoreDown("there is no store")
+        raise StoreAbsent("there is no store")
 
     async def close(self) -> None:
         return

@@ -17,14 +17,14 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from ..runtime.errors import InvalidRequest, LogLost
+from ..runtime.errors import InvalidRequest, LogLost, Unavailable
 from .headers import IDEMPOTENCY_KEY, LAST_EVENT_ID, VARIANT, Asks
 from .homes import Homes
 from .meters import VariantMeter
 from .model import Model
 from .rollback import Court
 from .rollout_config import STABLE, RolloutConfig
-from .store import StoreDown
+from .store import StoreAbsent, StoreDown
 from .tenant import Tenant
 from .twin import is_ready
 
@@ -118,7 +118,8 @@ class Variants:
 
         Raises:
             InvalidRequest: it asks for a variant that it may not ask for, or goes on with nobody knows which.
-            LogLost: it goes on with the answer of a variant that is gone. Unavailable: the one it asks for is not open.
+            LogLost: it goes on with the answer of a variant that is gone. Unavailable: the one it asks for is not open,
+            or nobody can say now which one began the answer.
         """
         if asks.variant is not None:
             return self._named(asks.variant)
@@ -148,8 +149,11 @@ class Variants:
             return self._stable
         try:
             home = await self._homes.find(tenant.salt, asks.idempotency_key)
-        except StoreDown:
-            return self._drawn(self._point(tenant, asks, user), frozenset())
+        except StoreDown as error:
+            if len(self._members) == 1 or isinstance(error, StoreAbsent):
+                return self._drawn(self._point(tenant, asks, user), frozenset())
+            text = "Redis, which knows the variant that began the answer, does not answer"
+            raise Unavailable(text, retry_after=1.0) from error
         model = self._stable if home is None else self.get(home)  # None: it came while there was but one
         if model is None or not model.is_open:
             raise LogLost(
