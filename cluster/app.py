@@ -25,6 +25,7 @@ from .board import posting
 from .config import ServerConfig, ShoalConfig
 from .config_errors import dotted, explain
 from .draining import watch_nodes
+from .heap import settle_heap
 from .ingress import IngressActor, IngressArgs
 from .logs import log_to_stderr
 from .parts import default_name, parts
@@ -187,9 +188,11 @@ def build_parts(args: PartArgs) -> Parts:
             created=int(time.time()),
         )
         serving = AsyncEngine(built.engine)
+        grammars = GrammarCompiler(load_tokenizer(built.model_path), info.vocab_size, built.eos_token_ids)
+        settle_heap()
         return Parts(
             engine=serving,
-            grammars=GrammarCompiler(load_tokenizer(built.model_path), info.vocab_size, built.eos_token_ids),
+            grammars=grammars,
             info=info,
             changes=serving.take_cache_changes,
             drain_timeout_s=args.server.drain_timeout_s,

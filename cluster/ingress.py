@@ -36,6 +36,7 @@ from ..runtime.errors import ShoalError, Unavailable
 from .board import posting
 from .config import NO_REDIS, ServerConfig
 from .draining import on_shutdown, watch_nodes
+from .heap import settle_heap
 from .logs import log_to_stderr
 from .parts import default_name
 from .peers import ServePeers
@@ -230,6 +231,7 @@ class IngressActor:
                     told = msgspec.structs.replace(info, created=0)
                     if told != seen:
                         await self._open(joined)
+                        settle_heap()
                         seen = told
                         unknown.close()
                     await asyncio.sleep(SETTLED_S)
