@@ -1,5 +1,5 @@
-"""Python's collector of cycles in a process that serves: with torch and Ray imported, to look at everything takes a tenth
-of a second, in which no stream gets a token.
+"""Python's collector of cycles in a process that serves: with torch and Ray imported, a look at all there is takes a
+tenth of a second, in which no stream gets a token.
 """
 
 from __future__ import annotations
