@@ -24,7 +24,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
 FROM ${BASE}
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-dev g++ \
+    && apt-get install --yes --no-install-recommends ca-certificates python3 python3-dev g++ \
     && rm -rf /var/lib/apt/lists/* \
     && userdel --remove ubuntu \
     && useradd --uid 1000 --create-home shoal \
@@ -36,6 +36,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     RAY_AUTH_MODE=token \
     RAY_USAGE_STATS_ENABLED=0 \
     RAY_worker_niceness=0 \
+    RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=30 \
     RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
     RAY_SERVE_ENABLE_HA_PROXY=1 \
     RAY_SERVE_HAPROXY_BINARY_PATH=/opt/shoal/haproxy \

@@ -156,7 +156,7 @@ def layer_rows(native: Native) -> None:
     spec = AttentionSpec(scale=DIM**-0.5)
     cache = KVLayer(*(torch.randn(PAGES, KV_HEADS, PAGE, DIM).to(DTYPE) for _ in range(2)))
     mlp = NativeMlp(native, norm, up=packed[2], down=packed[3])
-    attend = NativeAttend(native, norm, qkv=packed[0], out=packed[1], heads=heads)
+    attend = NativeAttend(native, norm, qkv=packed[:1], out=packed[1], heads=heads)
     for tokens in (1, 8, 32):
         batch = make_batch([1] * tokens, [200] * tokens)
         positions, slots = torch.full((tokens,), 199), batch.block_table_SP[:, 12].long() * PAGE + 7

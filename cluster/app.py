@@ -20,7 +20,7 @@ from ..router.config import RouterConfig
 from ..router.replica import Parts, Replica
 from ..runtime.config import EngineConfig
 from ..runtime.errors import ConfigError
-from .autoscale import objective_of
+from .autoscale import objective_of, sleeps
 from .board import posting
 from .config import ServerConfig, ShoalConfig
 from .config_errors import dotted, explain
@@ -37,6 +37,7 @@ from .serve_config import INGRESS, REPLICA
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
 HAND_OVER_S = 5.0  # behind the drain's deadline, for the last words to arrive; then Serve ends the process
+LONGEST_S = 3600.0  # for the last replica of its weights: what runs there ends by its own deadline before that
 CALLS = 64  # at once, to a replica: its address, its health; generations go over the line
 NO_LIMIT = 1_000_000  # the ingress's own admission decides, with the right error shape
 
@@ -126,7 +127,7 @@ def _replicas(args: PartArgs, options: dict[str, Any]) -> serve.Application:
             "name": REPLICA,
             "max_ongoing_requests": CALLS,
             **_resources(args.engine, args.node_labels),
-            **_lifecycle(args.server.drain_timeout_s),
+            **_lifecycle(max(args.server.drain_timeout_s, LONGEST_S)),
             **options,
         }
     )(ReplicaActor)
@@ -144,6 +145,7 @@ class ReplicaActor(Replica):
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Serve calls it before the first request, where there is a `user_config`, and whenever that has changed."""
         self._objective = objective_of(user_config)
+        self.sleeps = sleeps(user_config)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """With what the policy is to hold it to: told this way, it changes in place (autoscale.py)."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from ..router.load_report import report_of
+from ..router.load_report import Decided, report_of
+from .autoscale_board import AGAIN_S, Board, GcsBoard
 from .autoscale_config import AutoscalingConfig
 from .scaling import Decision, Scaling, View
 
@@ -55,19 +56,31 @@ def objective_of(user_config: Mapping[str, Any] | None) -> dict[str, float]:
     return {PREFIX + name: value for name, value in config.model_dump().items() if name not in BOUNDS}
 
 
+def sleeps(user_config: Mapping[str, Any] | None) -> bool:
+    """Whether a part that is told this may have no replica on purpose."""
+    told = (user_config or {}).get("autoscaling")
+    return told is not None and AutoscalingConfig.model_validate(told).min_replicas == 0
+
+
 class ServePolicy:
     """A custom policy of Serve's: called with an `AutoscalingContext`, gives (replicas, state to keep: none)."""
 
     def __init__(
-        self, *, clock: Callable[[], float] = time.monotonic, board: Callable[[str], Board] | None = None
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+        board: Callable[[str], Board] = GcsBoard,
     ) -> None:
-        """Serve gives no arguments. board: of an application; None: among Ray's metrics."""
+        """Serve gives no arguments. now: unix seconds. board: of an application."""
         self._clock = clock
-        self._board_of = board or Gauges
+        self._now = now
+        self._board_of = board
         self._scaling: Scaling | None = None
         self._objective: dict[str, float] = {}
         self._looked_at = float("-inf")
-        self._said: tuple[int, str] | None = None
+        self._said: tuple[object, ...] | None = None
+        self._since = self._told_at = 0.0
         self._board: Board | None = None
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
@@ -78,7 +91,8 @@ class ServePolicy:
             return target, {}
         self._looked_at = now
         numbers = _numbers(ctx)
-        decision = self._told(ctx, numbers).decide(
+        scaling = self._told(ctx, numbers)
+        decision = scaling.decide(
             View(
                 target=target,
                 replicas={name: report_of(said) if said else None for name, said in numbers.items()},
@@ -86,7 +100,7 @@ class ServePolicy:
             ),
             now,
         )
-        self._tell(ctx, decision, target)
+        self._tell(ctx, decision, target, scaling.config)
         return decision.replicas, {}
 
     def _told(self, ctx: Any, numbers: Mapping[str, Mapping[str, float]]) -> Scaling:
@@ -104,45 +118,29 @@ class ServePolicy:
         self._scaling.config = config
         return self._scaling
 
-    def _tell(self, ctx: Any, decision: Decision, target: int) -> None:
-        """One line a change in the controller's log, and gauges among Ray's metrics."""
-        said = decision.replicas, decision.reason
-        if said == self._said:
+    def _tell(self, ctx: Any, decision: Decision, target: int, config: AutoscalingConfig) -> None:
+        """One line a change in the controller's log, and a word to the ingresses."""
+        now = self._now()
+        said = decision.replicas, decision.reason, config.max_replicas, config.ttft_s
+        if said != self._said:
+            self._said, self._since = said, now
+            if decision.replicas != target:
+                logger.info("%s: %d -> %d replicas: %s", ctx.app_name, target, decision.replicas, decision.words)
+        elif now - self._told_at < AGAIN_S:
             return
-        if decision.replicas != target:
-            logger.info("%s: %d -> %d replicas: %s", ctx.app_name, target, decision.replicas, decision.words)
+        self._told_at = now
         self._board = self._board or self._board_of(str(ctx.app_name))
-        self._board.show(decision, before=None if self._said is None else self._said[1])
-        self._said = said
-
-
-class Board(Protocol):
-    """Where it is shown what is wanted, and why."""
-
-    def show(self, decision: Decision, *, before: str | None) -> None:
-        """before: the reason that was shown last."""
-        ...
-
-
-class Gauges:
-    """Among Ray's metrics."""
-
-    def __init__(self, application: str) -> None:
-        from ray.util.metrics import Gauge
-
-        keys = ("application",)
-        self._tags = {"application": application}
-        self._wanted = Gauge("shoal_replicas_wanted", description="Replicas by the policy.", tag_keys=keys)
-        self._reason = Gauge(
-            "shoal_replicas_reason", description="1 for what decides their number.", tag_keys=(*keys, "reason")
+        self._board.show(
+            Decided(
+                replicas=decision.replicas,
+                reason=decision.reason,
+                words=decision.words,
+                most=config.max_replicas,
+                ttft_s=config.ttft_s,
+                since=self._since,
+                said_at=now,
+            )
         )
-
-    def show(self, decision: Decision, *, before: str | None) -> None:
-        """As `Board`."""
-        self._wanted.set(decision.replicas, tags=self._tags)
-        if before is not None:
-            self._reason.set(0, tags={**self._tags, "reason": before})
-        self._reason.set(1, tags={**self._tags, "reason": decision.reason})
 
 
 def _numbers(ctx: Any) -> dict[str, dict[str, float]]:

@@ -6,6 +6,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..runtime.misfit import Misfit
+
 
 class AutoscalingConfig(BaseModel):
     """How many replicas there are, by what they owe their clients."""
@@ -23,5 +25,6 @@ class AutoscalingConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+            sentence = f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}"
+            raise Misfit(sentence, "min_replicas")
         return self

@@ -66,10 +66,12 @@ def serve(
     """
     if model is not None:
         overrides["engine", "model"] = model
-    from .config import load_config
+    from .config import load_config, served
+    from .preflight import file_problems, grid_problems, model_problems, port_problems
     from .serve import serve_forever
 
-    raise typer.Exit(serve_forever(load_config(overrides, file=config)))
+    checks = (served, file_problems, port_problems, model_problems, grid_problems)
+    raise typer.Exit(serve_forever(load_config(overrides, file=config, checks=checks)))
 
 
 @app.command()
@@ -91,8 +93,11 @@ def deploy(
         overrides["engine", "model"] = model
     from .config import load_config
     from .deploy import run_deploy
+    from .preflight import grid_problems
+    from .serve_config import deployed
 
-    run_deploy(load_config(overrides, file=config), address=address, dry_run=dry_run, wait=wait)
+    loaded = load_config(overrides, file=config, checks=(deployed, grid_problems))
+    run_deploy(loaded, address=address, dry_run=dry_run, wait=wait)
 
 
 @app.command()

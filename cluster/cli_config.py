@@ -40,11 +40,11 @@ def schema() -> None:
 @with_flags(SERVE_FLAGS)
 def serve_config(model: MaybeModel = None, *, config: ConfigFile = None, overrides: dict[tuple[str, str], Any]) -> None:
     """Print the Serve config that `shoal deploy` would apply, or why it would not."""
-    from .serve_config import check_deployable
+    from .preflight import grid_problems
+    from .serve_config import deployed
     from .serve_config import serve_config as made
 
-    loaded = load_config(_with_model(overrides, model), file=config)
-    check_deployable(loaded)
+    loaded = load_config(_with_model(overrides, model), file=config, checks=(deployed, grid_problems))
     print(yaml.safe_dump(made(loaded), sort_keys=False), end="")
 
 
@@ -54,7 +54,9 @@ def shown(overrides: Overrides, file: Path | None) -> str:
     Raises:
         ConfigError: as `load_config`.
     """
-    return "".join(_Page(overrides, file).mapping(load_config(overrides, file=file), ()))
+    from .preflight import grid_problems
+
+    return "".join(_Page(overrides, file).mapping(load_config(overrides, file=file, checks=(grid_problems,)), ()))
 
 
 class _Page:

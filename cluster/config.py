@@ -10,7 +10,7 @@ A flag has its field's name (`--max-model-len` is `engine.max_model_len`), and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,9 @@ from ..router.rollout_config import RolloutConfig
 from ..runtime.config import EngineConfig
 from ..runtime.errors import ConfigError
 from .autoscale_config import AutoscalingConfig
-from .config_errors import explain
-from .parts import ModelConfig, VariantConfig, check_parts, default_name
+from .config_checks import part_problems
+from .config_errors import Problem, explain, kind_of, misread, refuse
+from .parts import MOST_REPLICAS, LabelKey, LabelValue, ModelConfig, VariantConfig, default_name
 from .yaml_lines import Step, YamlFile
 
 EMBEDDED, NO_REDIS = "embedded", "none"  # values of redis_url that are no URL
@@ -33,7 +34,7 @@ EMBEDDED, NO_REDIS = "embedded", "none"  # values of redis_url that are no URL
 class ServerConfig(BaseModel):
     """Where the service listens and how it is deployed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = Field("127.0.0.1", description="Address to listen on; any but loopback needs an API key.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -41,8 +42,8 @@ class ServerConfig(BaseModel):
     metrics_port: int | None = Field(None, ge=1, le=65535, description="A port for /metrics alone, without a key.")
     metrics_host: str = Field("127.0.0.1", description="Address of that port, on machines with an ingress.")
     log_format: Literal["text", "json"] = Field("text", description="Of the actors' logs, one record a line.")
-    replicas: int = Field(1, ge=1, description="Engines behind the router.")
-    ingresses: int = Field(1, ge=1, description="Routers in front of the replicas.")
+    replicas: int = Field(1, ge=1, le=MOST_REPLICAS, description="Engines behind the router.")
+    ingresses: int = Field(1, ge=1, le=MOST_REPLICAS, description="Routers in front of the replicas.")
     smaller_model: str | None = Field(
         None, description="A second model, on one replica, for the ladder's rungs and for whoever asks for it by name."
     )
@@ -80,10 +81,10 @@ class ServerConfig(BaseModel):
         description="When replicas are replaced, so many start before old ones stop, which serve until then; 0: old "
         "ones stop first, where there are no GPUs to spare.",
     )
-    node_labels: dict[str, str] = Field(
+    node_labels: dict[LabelKey, LabelValue] = Field(
         default_factory=dict, description="Labels of the Ray nodes that replicas of the main model may lie on."
     )
-    ingress_node_labels: dict[str, str] = Field(
+    ingress_node_labels: dict[LabelKey, LabelValue] = Field(
         default_factory=dict, description="Labels of the Ray nodes that ingresses may lie on."
     )
 
@@ -108,13 +109,50 @@ _UNLIKE_FIELDS = {"api_keys": "--api-key", "model": "MODEL"}  # once for each ke
 Overrides = Mapping[tuple[str, str], Any]
 """(section, field) -> the value a flag gave."""
 
+Check = Callable[[ShoalConfig], Iterator[Problem]]
+"""What of a config does not go together."""
 
-def load_config(overrides: Overrides, *, file: Path | None = None) -> ShoalConfig:
-    """The file (where one is given) with the flags over it, validated.
+
+def whole(config: ShoalConfig) -> Iterator[Problem]:
+    """What no command can do with: parts, ports and Redis that do not go together."""
+    yield from part_problems(config)
+    server = config.server
+    if server.metrics_port is not None and server.metrics_port == server.port:
+        sentence = f"--metrics-port {server.metrics_port} is --port, too: /metrics alone takes another one"
+        yield Problem(("server", "metrics_port"), sentence)
+    if server.redis_url not in (EMBEDDED, NO_REDIS):
+        try:
+            parse_redis_url(server.redis_url)
+        except ConfigError as error:
+            yield Problem(("server", "redis_url"), str(error))
+    elif server.redis_password_file is not None:
+        yield Problem(
+            ("server", "redis_password_file"),
+            f"--redis-password-file {server.redis_password_file} is for a Redis of yours, and --redis-url is "
+            f"{server.redis_url}: give its URL",
+        )
+
+
+def served(config: ShoalConfig) -> Iterator[Problem]:
+    """What cannot be served besides: an open door that nobody asked for, and what is for engines alone."""
+    engine, server = config.engine, config.server
+    if not (is_loopback(server.host) or config.router.has_keys or server.allow_anonymous):
+        yield Problem(
+            ("server", "host"),
+            f"host {server.host} without an API key would serve everyone who can reach it: give --api-key or "
+            "--api-key-file, listen on 127.0.0.1, or say --allow-anonymous",
+        )
+    if engine.seed is not None:
+        sentence = f"seed {engine.seed}: requests bring their own to a server; leave it out"
+        yield Problem(("engine", "seed"), sentence)
+
+
+def load_config(overrides: Overrides, *, file: Path | None = None, checks: Sequence[Check] = ()) -> ShoalConfig:
+    """The file (where one is given) with the flags over it, validated: by `whole`, and by `checks` for what it is for.
 
     Raises:
-        ConfigError: no such file, not YAML, unknown keys (with the nearest known one), or values out of their limits; a
-            line for each problem, which names the file, its line and the key, or the flag.
+        ConfigError: no such file, not YAML, unknown keys (with the nearest known one), values out of their limits, or
+            what does not go together; a line for each problem, which names the file, its line and the key, or the flag.
     """
     said = YamlFile(file) if file else None
     tree = _merged(_root(said), overrides)
@@ -128,38 +166,23 @@ def load_config(overrides: Overrides, *, file: Path | None = None) -> ShoalConfi
         config = ShoalConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error, ShoalConfig, place))) from None
+    if said is not None:
+        refuse((each for each in misread(tree, config) if each.path[:2] not in overrides), place)
     if not config.engine.model:
-        raise ConfigError("no model: name a folder, a .gguf file or a hub id, as an argument or as engine.model")
+        at = "" if said is None else f"{place(('engine', 'model'))}: "
+        raise ConfigError(f"{at}no model: name a folder, a .gguf file or a hub id, as an argument or as engine.model")
+    for check in (whole, *checks):  # what comes later rests on what came before
+        refuse(check(config), place if said is not None else None)
     return config
 
 
 def check_supported(config: ShoalConfig) -> None:
-    """Refuse what this version has flags for but not yet the machinery, and an open door that nobody asked for.
+    """Refuse what cannot be served, of a config that may not come from a file.
 
     Raises:
         ConfigError: with the value, the reason and what to use instead.
     """
-    engine, server = config.engine, config.server
-    if not (is_loopback(server.host) or config.router.has_keys or server.allow_anonymous):
-        raise ConfigError(
-            f"host {server.host} without an API key would serve everyone who can reach it: give --api-key or "
-            "--api-key-file, listen on 127.0.0.1, or say --allow-anonymous"
-        )
-    check_parts(config)
-    if server.metrics_port is not None and server.metrics_port == server.port:
-        raise ConfigError(f"--metrics-port {server.metrics_port} is --port, too: /metrics alone takes another one")
-    if server.redis_url not in (EMBEDDED, NO_REDIS):
-        parse_redis_url(server.redis_url)
-    elif server.redis_password_file is not None:
-        raise ConfigError(
-            f"--redis-password-file {server.redis_password_file} is for a Redis of yours, and --redis-url is "
-            f"{server.redis_url}: give its URL"
-        )
-    for value, limit, sentence in (
-        (engine.seed, None, f"seed {engine.seed}: requests bring their own to a server; leave it out"),
-    ):
-        if value != limit:
-            raise ConfigError(sentence)
+    refuse([*whole(config), *served(config)])
 
 
 def is_loopback(host: str) -> bool:
@@ -180,7 +203,7 @@ def _root(said: YamlFile | None) -> Mapping[str, Any]:
         return {}
     if not isinstance(said.tree, dict):
         raise ConfigError(
-            f"{said.file}: the root is a {type(said.tree).__name__}; "
+            f"{said.file}: the root is {kind_of(said.tree)}; "
             f"it must be a mapping with {', '.join(ShoalConfig.model_fields)}"
         )
     return said.tree

@@ -52,7 +52,7 @@ what is wrong. Loading refuses it, too, all problems at once, each with its line
 
 A flag has its field's name (`--max-model-len` is `engine.max_model_len`) and wins over the file. `shoal config show`
 prints what results and where each value comes from, `shoal config serve-config` the Serve config that is applied.
-Anchors and merges are as in YAML; a key that is given twice is refused.
+Anchors and merges are as in YAML; a key that is given twice is refused, so is a number or a switch in quotes.
 
 ## What a change does
 
@@ -146,7 +146,7 @@ def _kind(value: Mapping[str, Any], homes: Mapping[str, str]) -> str:
         return f"`{only['const']}`"
     if only["type"] == "array":
         return f"list of {_kind(only['items'], homes)}"
-    inner = only.get("additionalProperties")
+    inner = only.get("additionalProperties") or next(iter(only.get("patternProperties", {}).values()), None)
     if isinstance(inner, dict):
         return f"mapping of name to {_kind(inner, homes)}"
     return "path" if only.get("format") == "path" else _KINDS[only["type"]]

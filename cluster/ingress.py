@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,9 @@ from ray import serve
 
 from ..router.backend import ModelInfo
 from ..router.config import RouterConfig
+from ..router.line import Queue
 from ..router.line_client import LineBackend
+from ..router.load_report import Decided
 from ..router.meters import StoreMeter
 from ..router.prefix_index import PrefixIndex
 from ..router.redis_url import parse_redis_url
@@ -33,6 +35,7 @@ from ..router.replica import MARGIN_S, Depart, ServeDirectory
 from ..router.rollout_config import STABLE, RolloutConfig
 from ..router.store import NoStore, Store
 from ..runtime.errors import ShoalError, Unavailable
+from .autoscale_board import follow_board
 from .board import posting
 from .config import NO_REDIS, ServerConfig
 from .draining import on_shutdown, watch_nodes
@@ -150,6 +153,7 @@ class IngressActor:
         self._stable = backend
         self._serving = asyncio.create_task(_serve_metrics(self.router, args.server))
         self._watching = asyncio.create_task(watch(args.server.notice, self.depart))
+        self._scaling = asyncio.create_task(follow_board(self._applications, self._decided))
         on_shutdown(partial(self.depart, args.server.ingress_drain_timeout_s + MARGIN_S))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -201,12 +205,14 @@ class IngressActor:
             else:
                 names = part.served_model_name or (default_name(part.model),)
                 model = self.router.add(backend, name=part.name, names=names, balancer=balancer)
+        backend.queue = lambda: Queue(len(model.queue), model.queue.longest_s)
         return Joined(part, model, backend, asyncio.create_task(self._follow(part.name)))
 
     def _drop(self, joined: Joined) -> None:
         """What runs there goes on to its end; nothing new comes."""
         joined.following.cancel()
         self.router.drop(joined.told.name)
+        joined.backend.retire()
 
         async def close_when_unused() -> None:
             await joined.model.unused()
@@ -279,6 +285,14 @@ class IngressActor:
             config.balancer, backend.replicas, index, rng=random.Random(), on_choice=self._metrics.routing.chose
         )
         return backend, balancer
+
+    def _applications(self) -> list[str]:
+        return [app_of(name) for name in self._joined]
+
+    def _decided(self, decided: Mapping[str, Decided]) -> None:
+        """How many replicas there are to be, as those say that settle it."""
+        for name, joined in self._joined.items():
+            joined.model.decided = decided.get(app_of(name))
 
     def _directory(self, part: str) -> ServeDirectory:
         return ServeDirectory(self._handle_of(part), timeout_s=self._config.ready_timeout_s)

@@ -22,8 +22,11 @@ _SPEAKING = (EngineError, StartupError, OSError)
 
 
 def log_to_stderr(format: LogFormat) -> None:
-    """From now on our records from INFO on go there: Ray keeps it as the actor's log. The last call counts."""
-    handler = logging.StreamHandler(sys.stderr)
+    """From now on our records from INFO on go there: Ray keeps it as the actor's log. The last call counts.
+
+    The process's own: Serve puts another in its place that writes a prefix before each line.
+    """
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(JsonLines() if format == "json" else TextLines())
     logger = logging.getLogger("shoal")
     for other in list(logger.handlers):

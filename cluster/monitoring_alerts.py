@@ -57,7 +57,7 @@ def rules(alerts: Sequence[Alert]) -> dict[str, Any]:
 
 def all_alerts() -> list[Alert]:
     """Every alert, worst first in each group."""
-    return [*_service(), *_capacity(), *_failures(), *_redis(), *_rollout()]
+    return [*_service(), *_capacity(), *_scaling(), *_failures(), *_redis(), *_rollout()]
 
 
 def _service() -> list[Alert]:
@@ -157,6 +157,37 @@ def _capacity() -> list[Alert]:
             "5m",
             "warning",
             "The ingress has {{ $value | humanizePercentage }} of its file descriptors open.",
+        ),
+    ]
+
+
+def _scaling() -> list[Alert]:
+    part = (*SERVICE, "variant")
+    on = f"on ({', '.join(part)})"
+    target, ready = once("shoal_replicas_target"), once("shoal_replicas_ready")
+    ttft = quantile(0.9, "shoal_time_to_first_token_seconds", over="5m", by=part)
+    return [
+        Alert(
+            "ShoalHeldLong",
+            f"max by ({', '.join(part)}) (shoal_held_seconds) > 180",
+            "1m",
+            "critical",
+            "Requests have waited {{ $value | humanizeDuration }} for the first replica of {{ $labels.variant }}.",
+        ),
+        Alert(
+            "ShoalAtMaxReplicas",
+            f"{ttft} > {on} {once('shoal_ttft_objective_seconds')} and {on} {target} >= {once('shoal_replicas_max')}",
+            "10m",
+            "warning",
+            "{{ $labels.variant }} is at max_replicas and misses its objective: one first token in ten takes longer "
+            "than {{ $value | humanizeDuration }}.",
+        ),
+        Alert(
+            "ShoalReplicasMissing",
+            f"{target} - {on} {ready} > 0",
+            "15m",
+            "warning",
+            "{{ $value | humanize }} replicas of {{ $labels.variant }} are wanted and do not come.",
         ),
     ]
 

@@ -10,19 +10,23 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..router.rollout_config import STABLE
 from ..runtime.config import EngineConfig
-from ..runtime.errors import ConfigError
 from .autoscale_config import AutoscalingConfig
 
 if TYPE_CHECKING:
     from .config import ShoalConfig
 
 NAME = r"^[a-z]([-a-z0-9]{0,18}[a-z0-9])?$"  # it is part of names in Kubernetes
+MOST_REPLICAS = 10_000  # a slip of the finger, not a cluster
+_LABEL = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)"
+LabelKey = Annotated[str, Field(pattern=rf"^([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_LABEL}$")]
+LabelValue = Annotated[str, Field(pattern=f"^{_LABEL}?$")]
+"""As Ray and Kubernetes have them."""
 SMALLER = "smaller"
 """The part of `server.smaller_model`."""
 
@@ -38,13 +42,17 @@ class PartConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=NAME, description="In metrics, weights and names of Serve applications.")
+    name: str = Field(
+        pattern=NAME,
+        description="In metrics, weights and names of Serve applications: a lower-case letter, then lower-case "
+        "letters, digits and hyphens, at most 20 in all.",
+    )
     engine: EngineChanges = Field(
         default=EngineChanges.model_validate({}), description="What differs from the root's `engine`."
     )
-    replicas: int = Field(1, ge=1, description="Engines, where autoscaling does not say.")
+    replicas: int = Field(1, ge=1, le=MOST_REPLICAS, description="Engines, where autoscaling does not say.")
     autoscaling: AutoscalingConfig | None = Field(None, description="How many replicas; without it: `replicas`.")
-    node_labels: dict[str, str] = Field(
+    node_labels: dict[LabelKey, LabelValue] = Field(
         default_factory=dict, description="Labels of the Ray nodes that its replicas may lie on."
     )
 
@@ -106,35 +114,6 @@ def parts(config: ShoalConfig) -> list[Part]:
         *(_part(variant, config, served_model_name=(), is_variant=True) for variant in config.variants),
         *(_part(model, config, served_model_name=model.served_model_name, is_variant=False) for model in models),
     ]
-
-
-def check_parts(config: ShoalConfig) -> None:
-    """Names that are there twice, and names of what is not there. Raises ConfigError."""
-    stable, *others = parts(config)
-    names = [part.name for part in (stable, *others)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(
-            f"two variants or models have the name {twice[0]!r}; stable and {SMALLER!r} have theirs already"
-        )
-    served: dict[str, Part] = dict.fromkeys(stable.names, stable)
-    for part in others:
-        for name in () if part.is_variant else part.names:
-            if (other := served.setdefault(name, part)) is not part:
-                source = f"--smaller-model {part.engine.model}" if part.name == SMALLER else f"the model {part.name!r}"
-                whose = "the main one is" if other is stable else f"the model {other.name!r} is"
-                raise ConfigError(f"{source} would be served as {name!r}, as {whose}")
-    known = [name for name, owner in served.items() if owner is not stable]
-    for rung in config.router.ladder:
-        if rung.model is not None and rung.model not in known:
-            raise ConfigError(
-                f"router.ladder names the model {rung.model!r}, and there is "
-                f"{'only ' + ', '.join(map(repr, known)) if known else 'no other model'} to fall to: set "
-                "--smaller-model, or add it under models"
-            )
-    try:
-        config.rollout.check_names(part.name for part in others if part.is_variant)
-    except ValueError as error:
-        raise ConfigError(f"rollout.{error}") from None
 
 
 def default_name(model: str) -> str:

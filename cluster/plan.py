@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from .plan_calibrate import Calibration, calibration
 from .plan_costs import CPU_EFFICIENCY, GPU_EFFICIENCY, Efficiency, RooflineCosts, Typical, layer_time, roofline
 from .plan_gpus import NO_FP8_CACHE, Gpu, Pool, parse_pools, with_price
 from .plan_grids import Layout, PlannedGrid, layouts, plan_grid, torch_dtype
-from .plan_load import FULL, Demand, Forecast, capacity, forecast
+from .plan_load import FULL, Demand, Forecast, capacity, forecast, missed
 from .plan_model import PlannedModel, read_model
 from .plan_units import parse_rate, parse_seconds, parse_tokens
 
@@ -149,12 +150,14 @@ def make_plan(problem: Problem) -> Plan:
             options.append(_option(problem, found))
     if not options:
         raise MemoryPlanError(_nothing_fits(problem, misfits))
-    return Plan(problem, tuple(sorted(options, key=_rank_of)), tuple(misfits))
+    return Plan(problem, tuple(sorted(options, key=partial(_rank_of, problem.demand))), tuple(misfits))
 
 
-def _rank_of(option: Option) -> tuple[float, float, float]:
+def _rank_of(demand: Demand, option: Option) -> tuple[float, float, float, float]:
+    """Where nothing keeps the objectives, what misses them by least goes first."""
     found, layout = option.forecast, option.layout
-    return -round(found.goodput, 1), layout.usd_h or layout.num_gpus, found.ttft_s
+    by = max((miss.times for miss in missed(found, demand, replicas=layout.replicas)), default=1.0)
+    return -round(found.goodput, 1), by, layout.usd_h or layout.num_gpus, found.ttft_s
 
 
 def _grids(problem: Problem) -> Iterator[PlannedGrid | Misfit]:

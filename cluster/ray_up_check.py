@@ -16,9 +16,12 @@ from typing import Any
 
 from ..runtime.errors import ConfigError
 from .config import ShoalConfig, is_loopback, load_config
-from .parts import Part, parts
+from .parts import parts
+from .preflight import grid_problems
 from .ray_up import API_KEYS, CONFIG, NODE_SCRIPT, REDIS_PASSWORD, SECRET, TOKEN
-from .serve_config import check_deployable
+from .secret import LENGTH as SECRET_LENGTH
+from .secret import api_keys_in
+from .serve_config import deployed
 from .yaml_lines import Step, YamlFile
 
 ON_NODES = "~/shoal/"
@@ -42,6 +45,9 @@ _PROVIDER_KEYS = (  # that Ray reads beside those its schema lists
     "aws_credentials",
 )
 _SECRET_FILES = (TOKEN, SECRET, REDIS_PASSWORD, API_KEYS)
+_NEEDED = ("cluster_name", "provider", "auth", "file_mounts", "head_start_ray_commands", "worker_start_ray_commands")
+_NEEDED_IN_CLOUDS = ("max_workers", "head_node_type", "available_node_types")
+_CLUSTER_NAME = "[a-z]([-a-z0-9]{0,33}[a-z0-9])?"  # machines are named after it, with 28 characters around it
 
 
 def check(file: Path) -> None:
@@ -53,23 +59,60 @@ def check(file: Path) -> None:
     said = YamlFile(file)
     if not isinstance(said.tree, dict):
         raise ConfigError(f"{file}: the root is not a mapping: take one of the files that come with shoal")
-    for problems in (_as_written(said), _of_ray(said), _of_folder(said), _of_deployment(said)):
+    checks = (_kinds, _unknown_keys, _missing, _as_written, _of_ray, _of_folder, _of_deployment)
+    for problems in (look(said) for look in checks):
         if found := list(problems):  # what comes later rests on what came before
             raise ConfigError("\n".join(found))
 
 
+def _kinds(said: YamlFile) -> Iterator[str]:
+    """What is not of the kind that Ray's schema says: its code stumbles over that before it looks."""
+    from jsonschema import Draft7Validator
+
+    for error in Draft7Validator(_schema()).iter_errors(said.tree):
+        if error.validator not in ("required", "additionalProperties"):
+            at = list(error.absolute_path)
+            yield f"{said.place(at)}: {_dotted(at)}: {error.message:.200}"
+
+
+def _missing(said: YamlFile) -> Iterator[str]:
+    """What Ray asks for late or makes up: its own commands, say, which start Ray without what Serve needs."""
+    tree = said.tree
+    provider = tree.get("provider")
+    is_cloud = isinstance(provider, Mapping) and provider.get("type") != "local"
+    for name in (*_NEEDED, *(_NEEDED_IN_CLOUDS if is_cloud else ())):
+        if name not in tree:
+            yield f"{said.file}: {name} is missing; the files that come with shoal say what it is"
+    for path in (("provider", "type"), ("auth", "ssh_user")):
+        if path[0] in tree and path[1] not in tree[path[0]]:
+            yield f"{said.place(path)}: {_dotted(path)} is missing"
+
+
 def _as_written(said: YamlFile) -> Iterator[str]:
-    """Unknown keys, and what was left to fill in."""
-    yield from _unknown_keys(said)
+    """Names that no machine can have, addresses given twice, and what was left to fill in."""
+    tree = said.tree
+    if tree["provider"]["type"] == "local":
+        addresses = [tree["provider"].get("head_ip"), *tree["provider"].get("worker_ips", ())]
+        for i, address in enumerate(addresses[1:]):
+            if address in addresses[: i + 1]:
+                yield f"{said.place(('provider', 'worker_ips', i))}: {address} is there twice; the head is no worker"
+    else:
+        name, head = tree["cluster_name"], tree["head_node_type"]
+        if not re.fullmatch(_CLUSTER_NAME, name):
+            yield (
+                f"{said.place(('cluster_name',))}: cluster_name {name:.60} names machines: a lower-case letter, then "
+                "lower-case letters, digits and hyphens, at most 35 in all"
+            )
+        if head not in tree["available_node_types"]:
+            known = ", ".join(tree["available_node_types"])
+            yield f"{said.place(('head_node_type',))}: head_node_type {head} is none of available_node_types: {known}"
     for path, value in _scalars(said.tree, ()):
         if isinstance(value, str) and re.fullmatch("<.*>", value):
             yield f"{said.place(path)}: {_dotted(path)} is still {value}: fill it in"
 
 
 def _unknown_keys(said: YamlFile) -> Iterator[str]:
-    import ray.autoscaler
-
-    root = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())["properties"]
+    root = _schema()["properties"]
     node_type = root["available_node_types"]["patternProperties"][".*"]["properties"]
     root = {**root, "min_workers": {}}  # of machines with addresses
     levels: list[tuple[tuple[Step, ...], Sequence[str]]] = [((), list(root))]
@@ -102,7 +145,7 @@ def _of_ray(said: YamlFile) -> Iterator[str]:
     except ValidationError as error:
         at = list(error.absolute_path)
         yield f"{said.place(at)}: {_dotted(at) or 'the root'}: {error.message:.200}"
-    except (ValueError, RuntimeError, KeyError, SilentClickException) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, SilentClickException) as error:
         yield f"{said.file}: Ray refuses it: {words.getvalue().strip() or error}"
     for path, command in _commands(said.tree):
         place = said.place(path)
@@ -135,9 +178,29 @@ def _of_folder(said: YamlFile) -> Iterator[str]:
             yield f"{file} is missing; `shoal ray-up init` makes a folder with all that is needed"
         elif name in _SECRET_FILES and stat.S_IMODE(file.stat().st_mode) & 0o077:
             yield f"{file}: others can read this secret: chmod 600 it"
+        elif name in _SECRET_FILES:
+            yield from _of_secret(name, file)
     wheels = sorted(node.glob("*.whl"))
     if len(wheels) > 1:
         yield f"{node} has {len(wheels)} wheels, {', '.join(wheel.name for wheel in wheels)}: leave one"
+
+
+def _of_secret(name: str, file: Path) -> Iterator[str]:
+    """What cannot be a secret of that name."""
+    try:
+        if name == API_KEYS:
+            api_keys_in(file)
+            return
+        length = len(file.read_text(encoding="utf-8").strip())
+    except ConfigError as error:
+        yield str(error)
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        yield f"{file} cannot be read: {error}"
+        return
+    least = SECRET_LENGTH if name == SECRET else 1
+    if length < least:
+        yield f"{file} has {length} characters and needs at least {least}: `openssl rand -hex 32` makes them"
 
 
 def _of_deployment(said: YamlFile) -> Iterator[str]:
@@ -153,8 +216,9 @@ def _of_deployment(said: YamlFile) -> Iterator[str]:
             ("server", "redis_url"): "redis://head",
             ("server", "redis_password_file"): there / REDIS_PASSWORD,
         }
-    config = load_config(overrides, file=node / CONFIG)  # as `node.sh deploy` gives it
-    check_deployable(config)
+    config = load_config(
+        overrides, file=node / CONFIG, checks=(deployed, grid_problems)
+    )  # as `node.sh deploy` gives it
     if is_loopback(config.server.host):
         yield (
             f"{node / CONFIG}: server.host is {config.server.host}: then a proxy does not reach a router on another "
@@ -168,12 +232,15 @@ def _too_large(config: ShoalConfig, said: YamlFile) -> Iterator[str]:
     """Parts that no machine, or not enough of them, could hold. Only upper bounds: Ray packs them."""
     types = {name: entry for name, entry in said.tree["available_node_types"].items() if _gpus(entry)}
     place = said.place(("available_node_types",))
+    routers = config.server.ingress_node_labels
+    if not any(_labelled(routers, entry) for entry in said.tree["available_node_types"].values()):
+        yield f"{place}: routers want the labels {routers} (server.ingress_node_labels), which no type of machine has"
     needed = 0
     for part in parts(config):
         if part.engine.device == "cpu":
             continue
         tp, pp = part.engine.tensor_parallel_size, part.engine.pipeline_parallel_size
-        fitting = [entry for entry in types.values() if _matches(part, entry) and _gpus(entry) >= tp]
+        fitting = [entry for entry in types.values() if _labelled(part.node_labels, entry) and _gpus(entry) >= tp]
         if not fitting:
             labels = f" with the labels {dict(part.node_labels)}" if part.node_labels else ""
             offers = ", ".join(f"{name}: {_gpus(entry)}" for name, entry in types.items())
@@ -193,12 +260,20 @@ def _too_large(config: ShoalConfig, said: YamlFile) -> Iterator[str]:
         )
 
 
+def _schema() -> dict[str, Any]:
+    """Ray's own, of a cluster file."""
+    import ray.autoscaler
+
+    found: dict[str, Any] = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    return found
+
+
 def _gpus(node_type: Mapping[str, Any]) -> int:
     return int((node_type.get("resources") or {}).get("GPU", 0))
 
 
-def _matches(part: Part, node_type: Mapping[str, Any]) -> bool:
-    return part.node_labels.items() <= (node_type.get("labels") or {}).items()
+def _labelled(wanted: Mapping[str, str], node_type: Mapping[str, Any]) -> bool:
+    return wanted.items() <= (node_type.get("labels") or {}).items()
 
 
 def _node_folder(said: YamlFile) -> Path | None:

@@ -7,9 +7,10 @@ cost, known before any of it is done), and a replica's *load*, its work per seco
 keep the objective for first tokens is learned, too: too late first tokens at less than that lower it, punctual ones at
 that load raise it again.
 
-Wanted is the most of: work that comes, with what waits and what leaving replicas may hand over, by the load that a
-replica takes; used KV blocks by the bound; one more while first tokens are late. More is wanted at once. Fewer only
-after they sufficed, with a margin, for a while, a few at a time, and not before the last ones to leave are done.
+Wanted is the most of: work that comes, with what waits, at replicas and before them, and what leaving replicas may hand
+over, by the load that a replica takes; used KV blocks by the bound; one more while first tokens are late. More is
+wanted at once. Fewer only after they sufficed, with a margin, for a while, a few at a time, and not before the last
+ones to leave are done. What came faster than replicas could come is expected again: for much longer that many are kept.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CLEAR_S = 5.0  # in which what waits is to be worked off,
 DRAIN_S = 60.0  # and what leaving replicas may hand over
 SETTLE_S = 30.0  # between two steps down
 LESSON_S = 60.0  # late for so long, with as many replicas, and the load was too high
+KEEP = 10  # so many times as long it is kept in mind what was more than all could take
 SHARE = 4  # one of so many replicas leaves in one step, at least one
 RATES_S = (5.0, 15.0, 60.0)  # over which arrivals are counted: the shorter it is, the clearer a rise must be
 TREND_S = 120.0  # arrivals in so long against those in as long before: what rises so, rises while replicas start
@@ -64,6 +66,14 @@ class _Need(NamedTuple):
     replicas: float
     reason: str
     words: str
+
+
+class _Level(NamedTuple):
+    """So many replicas would have sufficed with a margin. keep: for so many times the patience that counts."""
+
+    at_s: float
+    replicas: float
+    keep: int
 
 
 class _Flow(NamedTuple):
@@ -102,7 +112,8 @@ class Scaling:
         self._last: dict[str, LoadReport] = {}
         self._gone: dict[str, tuple[float, int]] = {}  # leavers -> when they were last seen, tokens they owed then
         self._flows: deque[_Flow] = deque()
-        self._sufficed: deque[tuple[float, float]] = deque()  # when, and how many would have sufficed with a margin
+        self._sufficed: list[_Level] = []
+        self._queued: int | None = None  # before any replica, at the last look
         self._costs = _Flow(0.0, 0.0, 0, 0, 0, 0, 0.0)  # fading sums
 
     @property
@@ -151,6 +162,10 @@ class Scaling:
             finished += report.finished - before.finished
             computed += report.computed - before.computed
             work_s += max(0.0, busy_s - steps * floor_s)
+        if told := [report for report in view.replicas.values() if report]:
+            queued = max(report.num_queued for report in told)
+            joined = 0 if self._queued is None else queued - self._queued
+            arrived, self._queued = arrived + joined, queued
         self._note_changes(view, now)
         flow = _Flow(now, max(1e-6, now - self._looked_at), arrived, started, finished, computed, work_s)
         self._flows.append(flow)
@@ -159,7 +174,7 @@ class Scaling:
         fade = math.exp(-flow.seconds / COST_S)
         self._costs = _sum([self._costs.faded(fade), flow])
         self._looked_at = now
-        if view.queued or arrived or any(report and report.live for report in view.replicas.values()):
+        if view.queued or arrived or self._queued or any(report.live for report in told):
             self._worked_at = now
 
     def _note_changes(self, view: View, now: float) -> None:
@@ -178,9 +193,10 @@ class Scaling:
         self._last = {name: report for name, report in known.items() if report is not None}
 
     def _rate(self, window_s: float, now: float) -> _Flow:
-        """Sums over the window; its seconds are those that were seen."""
+        """Sums over the window; its seconds are those that were seen. Who leaves a queue is no negative arrival."""
         since = now - window_s
-        return _sum([flow for flow in self._flows if flow.at_s > since])
+        rate = _sum([flow for flow in self._flows if flow.at_s > since])
+        return rate._replace(arrived=max(0.0, rate.arrived))
 
     def _cost_s(self) -> float:
         """Work that a generation is, in the mean; 0 while nobody knows. One that runs counts half."""
@@ -225,13 +241,13 @@ class Scaling:
         config = self.config
         told = [report for report in serving if report is not None]
         cost_s = self._cost_s()
-        waiting = sum(report.num_waiting for report in told)
+        waiting = sum(report.num_waiting for report in told) + (self._queued or 0)
         coming, arrivals = self._coming(now, doubt=1.0 if waiting > 2 * len(serving) else 2.0)
         work = coming * self._rise(now) + self._handed(view) / DRAIN_S
         # What a replica keeps free serves to clear what waits.
         replicas = max(work / self._max_load, work + waiting * cost_s / max(CLEAR_S, config.ttft_s))
         kv = sum(report.kv_usage for report in view.replicas.values() if report)
-        ttft_s = _ttft_s(told)
+        ttft_s = max(_ttft_s(told), *(report.queued_s for report in told), 0.0)
         needs = [
             _Need(1.0 if config.min_replicas == 0 else config.min_replicas, "bound", "no more is asked for"),
             _Need(
@@ -247,13 +263,14 @@ class Scaling:
         if ttft_s > config.ttft_s and more_helps and view.target <= len(serving):  # nobody is on the way
             needs.append(_Need(len(serving) + 1.0, "ttft", late))
         steady = max(need.replicas for need in needs if need.reason != "load")
-        self._keep(max(coming * MARGIN / self._max_load, steady), now)  # what waits now is no reason to stay so many
+        enough = max(coming * MARGIN / self._max_load, steady)  # what waits now is no reason to stay so many
+        self._remember(_Level(now, enough, KEEP if 0 < len(serving) < coming else 1))
         return needs
 
-    def _keep(self, enough: float, now: float) -> None:
-        self._sufficed.append((now, enough))
-        while self._sufficed[0][0] < now - self.config.scale_down_after_s:
-            self._sufficed.popleft()
+    def _remember(self, level: _Level) -> None:
+        patience_s = self.config.scale_down_after_s
+        self._sufficed = [was for was in self._sufficed if level.at_s - was.at_s <= was.keep * patience_s]
+        self._sufficed.append(level)
 
     def _load(self, num_serving: int, now: float) -> float:
         """Of a replica, while its last first tokens came."""
@@ -284,7 +301,7 @@ class Scaling:
         """Nobody is there: on purpose, or the first is on its way."""
         if view.queued:
             return self._bounded(max(1, view.target), "wake", "somebody waits for the first replica")
-        if self.config.min_replicas == 0 and self._is_idle(now):
+        if not view.target or self._is_idle(now):
             return self._bounded(0, "idle", "asleep: nobody asks")
         return self._bounded(view.target, "start", "the first replica is on its way")
 
@@ -305,7 +322,9 @@ class Scaling:
         if need.reason == "idle":
             return self._bounded(0 if view.target <= 1 else 1, need.reason, need.words)
         stay = self._bounded(view.target, need.reason, need.words)
-        enough = math.ceil(max(need.replicas, *(count for _, count in self._sufficed)) - 1e-9)
+        if need.replicas <= view.target - 1:
+            stay = self._bounded(view.target, "keep", f"fewer would do, not for long enough: {need.words}")
+        enough = math.ceil(max(need.replicas, *(level.replicas for level in self._sufficed)) - 1e-9)
         if enough >= view.target or now - self._began < self.config.scale_down_after_s:
             return stay
         if now - self._stepped_at < SETTLE_S or view.target > len(view.replicas) or self._handed(view) > 0:

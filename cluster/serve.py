@@ -233,7 +233,7 @@ def start_serve(host: str, port: int) -> Future[None]:
         try:
             serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
         except Exception as error:  # noqa: BLE001 (it is raised where the result is asked for)
-            done.set_exception(error)
+            done.set_exception(StartupError(f"Ray Serve's proxy did not start: {error}"))
         else:
             done.set_result(None)
 

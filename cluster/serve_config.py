@@ -8,16 +8,16 @@ are left out, so a template can make the same from the same values (helm/shoal d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from ..router.redis_url import parse_redis_url
 from ..router.rollout_config import STABLE
-from ..runtime.errors import ConfigError
 from .autoscale import serve_autoscaling
-from .config import EMBEDDED, NO_REDIS, ShoalConfig, check_supported
+from .config import EMBEDDED, NO_REDIS, ShoalConfig, check_supported, served
+from .config_errors import Problem, refuse
 from .parts import Part, parts
 
 IMPORT_PATH = "shoal.cluster.app:build_app"
@@ -59,46 +59,63 @@ def serve_config(config: ShoalConfig) -> dict[str, Any]:
 
 
 def check_deployable(config: ShoalConfig) -> None:
-    """Refuse what a cluster cannot serve, though a machine alone can: it would need what only this machine has.
+    """Refuse what a cluster cannot serve, of a config that may not come from a file.
 
     Raises:
         ConfigError: with the field and what to use instead.
     """
     check_supported(config)
+    refuse(deployed(config))
+
+
+def deployed(config: ShoalConfig) -> Iterator[Problem]:
+    """What a cluster cannot serve, though a machine alone can: it would need what only this machine has."""
+    yield from served(config)
     router, server = config.router, config.server
-    for name, file in (
-        ("router.secret_file", router.secret_file),
-        ("router.api_key_file", router.api_key_file),
-        ("router.chat_template", router.chat_template),
-        ("server.redis_password_file", server.redis_password_file),
+    for path, file in (
+        (("router", "secret_file"), router.secret_file),
+        (("router", "api_key_file"), router.api_key_file),
+        (("router", "chat_template"), router.chat_template),
+        (("server", "redis_password_file"), server.redis_password_file),
     ):
         if file is not None and not file.is_absolute():
-            raise ConfigError(f"{name} is {file}: say where it is on every node, from the root on")
+            yield Problem(path, f"{'.'.join(path)} is {file}: say where it is on every node, from the root on")
     if server.port == 0:
-        raise ConfigError("server.port is 0, a free one, and nobody would know which: say one")
-    if router.secret is not None:
-        raise ConfigError(
-            "router.secret would lie open in the cluster's config: name a file with it, router.secret_file"
+        yield Problem(("server", "port"), "server.port is 0, a free one, and nobody would know which: say one")
+    yield from _open_secrets(config)
+    if server.redis_url == EMBEDDED:
+        yield Problem(
+            ("server", "redis_url"),
+            "server.redis_url is embedded, a Redis of this machine alone: give the URL of one that the whole cluster "
+            "reaches, or none",
         )
-    if router.secret_file is None:
-        raise ConfigError(
+
+
+def _open_secrets(config: ShoalConfig) -> Iterator[Problem]:
+    """Secrets that would lie open in what Serve is told, or are not there."""
+    router, server = config.router, config.server
+    if router.secret is not None:
+        yield Problem(
+            ("router", "secret"),
+            "router.secret would lie open in the cluster's config: name a file with it, router.secret_file",
+        )
+    elif router.secret_file is None:
+        yield Problem(
+            ("router", "secret_file"),
             "router.secret_file is missing: a file with the cluster's secret, 32 characters or more, which every node "
-            "has at the same place; `openssl rand -hex 32` makes one"
+            "has at the same place; `openssl rand -hex 32` makes one",
         )
     if router.api_keys:
-        raise ConfigError(
+        yield Problem(
+            ("router", "api_keys"),
             "router.api_keys would lie open in the cluster's config: name a file with them, router.api_key_file, which "
-            "every node with an ingress has, or give digests under router.tenants"
+            "every node with an ingress has, or give digests under router.tenants",
         )
-    if server.redis_url == EMBEDDED:
-        raise ConfigError(
-            "server.redis_url is embedded, a Redis of this machine alone: give the URL of one that the whole cluster "
-            "reaches, or none"
-        )
-    if server.redis_url != NO_REDIS and parse_redis_url(server.redis_url).password is not None:
-        raise ConfigError(
+    if server.redis_url not in (EMBEDDED, NO_REDIS) and parse_redis_url(server.redis_url).password is not None:
+        yield Problem(
+            ("server", "redis_url"),
             "server.redis_url has a password in it, which would lie open in the cluster's config: leave it out, and "
-            "name a file with it, server.redis_password_file"
+            "name a file with it, server.redis_password_file",
         )
 
 

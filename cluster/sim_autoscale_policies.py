@@ -21,7 +21,8 @@ class Policy(Protocol):
     """Settles how many replicas there are to be. Asked once a simulated second."""
 
     def decide(self, now: float, *, target: int, reports: Mapping[str, LoadReport | None], ongoing: int) -> int:
-        """target: what it has said last. reports: of replicas that take work, a second old. ongoing: requests."""
+        """target: what it has said last. reports: of replicas that take work, a second old. ongoing: requests that are
+        there, or on no replica yet."""
         ...
 
 
@@ -38,31 +39,34 @@ class Ours:
 class Rays:
     """Serve's default policy with its factors and delays: its own functions, on the simulation's clock.
 
-    It goes by requests under way a replica, in the mean over `look_back_period_s` of samples that are pushed every
-    `metrics_interval_s`.
+    It goes by requests under way a replica: the mean over what was sampled in `look_back_period_s` before the last
+    push, one each `metrics_interval_s`, the last sample held until now.
     """
 
     def __init__(self, **settings: Any) -> None:
         from ray.serve import autoscaling_policy
+        from ray.serve._private import metrics_utils
         from ray.serve.config import AutoscalingConfig as ServeConfig
 
         self._ray: Any = autoscaling_policy
+        self._metrics: Any = metrics_utils
         self._config = ServeConfig(**settings)
         self._state: dict[str, Any] = {}
-        self._samples: deque[tuple[float, int]] = deque()
+        self._samples: deque[Any] = deque()
+        self._pushed: list[Any] = []
         self._pushed_at = float("-inf")
-        self._mean = 0.0
 
     def decide(self, now: float, *, target: int, reports: Mapping[str, LoadReport | None], ongoing: int) -> int:
         config, ray = self._config, self._ray
-        self._samples.append((now, ongoing))
-        while self._samples[0][0] < now - config.look_back_period_s:
+        self._samples.append(self._metrics.TimeStampedValue(now, ongoing))
+        while self._samples[0].timestamp < now - config.look_back_period_s:
             self._samples.popleft()
         if now - self._pushed_at >= config.metrics_interval_s:
-            self._pushed_at = now
-            self._mean = sum(count for _, count in self._samples) / len(self._samples)
+            self._pushed_at, self._pushed = now, list(self._samples)
+        held_s = max(1e-3, now - self._pushed[-1].timestamp)  # as Serve's controller has it
+        mean = self._metrics.aggregate_timeseries(self._pushed, config.aggregation_function, last_window_s=held_s)
         context = SimpleNamespace(
-            current_num_replicas=len(reports), target_num_replicas=target, total_num_requests=self._mean, config=config
+            current_num_replicas=len(reports), target_num_replicas=target, total_num_requests=mean, config=config
         )
         desired, _ = ray._core_replica_queue_length_policy(context)
         scaled = ray._apply_scaling_factors(desired, len(reports), config)

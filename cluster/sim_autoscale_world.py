@@ -72,7 +72,7 @@ class ScaledWorld(World):
             self.now,
             target=self._target,
             reports={name: self._reports.get(name) for name in serving},
-            ongoing=len(self._flows),
+            ongoing=sum(flow.replica is None or flow.replica.name in serving for flow in self._flows.values()),
         )
         self.bill.changes += target != self._target
         self._target = target

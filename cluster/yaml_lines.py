@@ -1,11 +1,13 @@
 """A YAML file that knows its lines: what stands in it, and where each value was said.
 
-Stricter than YAML: a key that is given twice is refused (the second would win in silence), and so is an anchor within
-itself. Other anchors and merges are as in YAML.
+Stricter than YAML: a key that is given twice is refused (the second would win in silence), so is one that is no text
+(`yes` is true), and an anchor within itself. Other anchors and merges are as in YAML. Numbers are YAML 1.2's: `1e3` is
+one, and neither `1:30` (90 in YAML 1.1) nor a date is anything but text.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,24 @@ from ..runtime.errors import ConfigError
 Step = str | int
 """A key of a mapping, or an index into a list."""
 
-_MERGE = "tag:yaml.org,2002:merge"
+_TAG = "tag:yaml.org,2002:"
+_MERGE = f"{_TAG}merge"
+
+
+_INT = r"[-+]?(0x[0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)"
+_FLOAT = r"[-+]?((\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values as YAML 1.2's core schema reads them; `yes`, `no`, `on` and `off` as ever, as Helm does."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in known if tag.removeprefix(_TAG) not in ("float", "int", "timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_TAG + "int", re.compile(rf"({_INT})\Z"), list("-+0123456789"))
+_Loader.add_implicit_resolver(_TAG + "float", re.compile(rf"({_FLOAT})\Z"), list("-+.0123456789"))
 
 
 class YamlFile:
@@ -30,7 +49,7 @@ class YamlFile:
         self.file = file
         self._pairs: dict[int, list[tuple[yaml.Node, yaml.Node]]] = {}  # id of a mapping's node -> as it was written
         try:
-            loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+            loader = _Loader(_text(file))
             self._root = loader.get_single_node()
             if self._root is not None:
                 self._walk(self._root, ())  # before construction, which resolves merges in place
@@ -44,7 +63,7 @@ class YamlFile:
             raise
         except RecursionError:
             raise ConfigError(f"{file} is nested too deeply") from None
-        except (yaml.YAMLError, ValueError) as error:  # a character that may not be there, a date that is none
+        except (yaml.YAMLError, ValueError) as error:  # a tag on what it is not
             raise ConfigError(f"{file} is not YAML: {error}") from None
 
     def line(self, path: Sequence[Step]) -> int | None:
@@ -101,9 +120,28 @@ class YamlFile:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if key.tag != f"{_TAG}str":
+                    kind = key.tag.removeprefix(_TAG)
+                    raise ConfigError(
+                        f"{self.file}:{line}: the key {key.value or '(none)'} is no text but {kind}: quote it"
+                    )
                 if key.value in first:
                     raise ConfigError(
                         f"{self.file}:{line}: {key.value} is given twice, first in line {first[key.value]}"
                     )
                 first[key.value] = line
             self._walk(value, inner)
+
+
+def _text(file: Path) -> str:
+    """What stands in it. Raises ConfigError: what is no UTF-8, or a character that YAML has not; with the line."""
+    content = file.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{file}:{line}: not UTF-8: save it in that encoding") from None
+    if (wrong := yaml.reader.Reader.NON_PRINTABLE.search(text)) is not None:
+        line = text.count("\n", 0, wrong.start()) + 1
+        raise ConfigError(f"{file}:{line}: not YAML: the character {wrong[0]!r} may not stand there")
+    return text

@@ -2,8 +2,8 @@
 
 A word holds codes whose columns are a run apart: of a block of `run * codes a word` columns, word c has column
 `i * run + c` at its i-th place from the lowest bit. So one shift and one mask of a tile of words give a run of
-neighbouring columns, two codes an instruction, with nothing to interleave. Blocks are of 128 columns, of 64 where
-groups of 8-bit codes ask for it; what the last one lacks is code 0.
+neighbouring columns, two codes an instruction, with nothing to interleave. Blocks are of 128 columns, of 64 or 32
+where groups of 8-bit codes ask for it; what the last one lacks is code 0.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .quant_tiles import most_tickets
 
-RUN = 64  # of 8-bit codes, but for groups of odd multiples of 32
+RUN = 64  # of 8-bit codes, but for groups that are not whole runs
 _NIBBLE_RUN = 32  # every group is whole runs
+_RUNS = (RUN, 32, 16)  # of 8-bit codes; the shortest is what tensor cores take at once
 _LARGEST_ZERO = 65504.0  # float16's
 _ROW = 0  # a group as long as the row
 
@@ -88,9 +89,10 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def int8_weight(codes_FD: Tensor, scale_FG: Tensor) -> CodedWeight:
-    """codes_FD: int8. D / G, the columns of a group, is a multiple of 32, or G is 1."""
+    """codes_FD: int8. D / G, the columns of a group, is a multiple of 16, or G is 1."""
     groups = scale_FG.shape[1]
-    run = RUN if groups == 1 or codes_FD.shape[1] // groups % RUN == 0 else _NIBBLE_RUN
+    group = codes_FD.shape[1] // groups
+    run = RUN if groups == 1 else next(run for run in _RUNS if group % run == 0)
     return _weight(Encoding.INT8, codes_FD.view(torch.uint8), scale_FG.float(), run=run)
 
 

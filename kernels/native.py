@@ -99,7 +99,14 @@ def prefill_shapes(
 class Weight(Structure):
     """`Weight` of product.h, where its fields are explained."""
 
-    _fields_ = (("data", c_void_p), *((name, c_long) for name in ("bits", "inputs", "outputs", "group")))
+    _fields_ = (("data", c_void_p), *((name, c_long) for name in ("bits", "inputs", "outputs", "group", "minima")))
+
+    @staticmethod
+    def of(packed: Tensor, *, bits: int, inputs: int, outputs: int) -> "Weight":
+        """packed: as `pack_q4` or `pack_q8` makes it. It must outlive the result."""
+        group = inputs // packed.shape[1]
+        minima = bits == 4 or packed.shape[2] > TILE_ROWS * (4 + group)
+        return Weight(packed.data_ptr(), bits, inputs, outputs, group, minima)
 
 
 class Native:
@@ -125,21 +132,21 @@ class Native:
 
     def q4_product(self, x_TD: Tensor, packed: Tensor, out_features: int) -> Tensor:
         """`x @ W.T` in bfloat16 [T, out_features]; `packed` as `pack_q4` makes it, x's last dim contiguous."""
-        return self._multiply(x_TD, Weight(packed.data_ptr(), 4, x_TD.shape[1], out_features, STEP))
+        return self._multiply(x_TD, Weight.of(packed, bits=4, inputs=x_TD.shape[1], outputs=out_features))
 
     def q8_product(self, x_TD: Tensor, packed: Tensor, out_features: int) -> Tensor:
         """`x @ W.T` in bfloat16 [T, out_features]; `packed` as `pack_q8` makes it, x's last dim contiguous."""
-        columns = x_TD.shape[1]
-        return self._multiply(x_TD, Weight(packed.data_ptr(), 8, columns, out_features, columns // packed.shape[1]))
+        return self._multiply(x_TD, Weight.of(packed, bits=8, inputs=x_TD.shape[1], outputs=out_features))
 
     def q8_logits(self, x_RD: Tensor, packed: Tensor, out_features: int) -> Tensor:
-        """`x @ W.T` in float32 throughout, [R, out_features]; x's last dim contiguous, W as `pack_q8` makes it.
+        """`x @ W.T` in float32 throughout, [R, out_features]; x's last dim contiguous, W as `pack_q8` makes it without
+        minima.
 
         Each row's sums have one order in any company.
         """
         rows, columns = x_RD.shape
         y_RF = torch.empty(rows, out_features)
-        weight = Weight(packed.data_ptr(), 8, columns, out_features, columns // packed.shape[1])
+        weight = Weight.of(packed, bits=8, inputs=columns, outputs=out_features)
         self._logits(y_RF.data_ptr(), x_RD.data_ptr(), byref(weight), rows, x_RD.stride(0))
         return y_RF
 
@@ -214,7 +221,7 @@ TILE_ROWS = 32
 """Weights are padded to this many rows: what one task of the product computes."""
 
 STEP = 32
-"""Columns that share a scale at least, and of which a weight has a multiple."""
+"""Columns of which inputs and groups are a multiple; half of them will do for 8 bits without minima."""
 
 
 def pack_q4(nibbles_FD: Tensor, scale_FG: Tensor, minimum_FG: Tensor) -> Tensor:
@@ -235,26 +242,29 @@ def pack_q4(nibbles_FD: Tensor, scale_FG: Tensor, minimum_FG: Tensor) -> Tensor:
     return packed
 
 
-def pack_q8(codes_FD: Tensor, scale_FG: Tensor) -> Tensor:
-    """Weights `scale * code` in the product's own form: uint8 [F / 32, G, 128 + 32 * D / G], see q8.cpp.
+def pack_q8(codes_FD: Tensor, scale_FG: Tensor, minimum_FG: Tensor | None = None) -> Tensor:
+    """Weights `scale * code + minimum` in the product's own form: uint8 [F / 32, G, 128 + 32 * D / G], with minima 128
+    more, see q8.cpp.
 
-    codes: ints -128 to 127, F a multiple of `TILE_ROWS`. Scales are kept in float32; each is for D / G columns, which
-    must be a multiple of `STEP`.
+    codes: ints -128 to 127, F a multiple of `TILE_ROWS`. Scales and minima are kept in float32; each is for D / G
+    columns: a multiple of `STEP`, or without minima of half of it.
     """
     rows, columns = codes_FD.shape
     tiles, groups = rows // TILE_ROWS, scale_FG.shape[1]
     size = columns // groups
-    packed = torch.empty(tiles, groups, TILE_ROWS * (4 + size), dtype=torch.uint8)
-    scales = scale_FG.float().view(tiles, TILE_ROWS, groups).transpose(1, 2).contiguous()
-    packed[..., : 4 * TILE_ROWS] = scales.view(torch.uint8)
+    shared = [scale_FG] if minimum_FG is None else [scale_FG, minimum_FG]
+    head = 4 * TILE_ROWS * len(shared)
+    packed = torch.empty(tiles, groups, head + TILE_ROWS * size, dtype=torch.uint8)
+    by_group = torch.stack([part.float().view(tiles, TILE_ROWS, groups).transpose(1, 2) for part in shared], 2)
+    packed[..., :head] = by_group.flatten(2).view(torch.uint8)
     # [tile, row, group, pair, column] -> [tile, group, pair, row, column]
     pairs = codes_FD.to(torch.int8).view(tiles, TILE_ROWS, groups, size // 2, 2).permute(0, 2, 3, 1, 4)
-    packed[..., 4 * TILE_ROWS :] = pairs.reshape(tiles, groups, -1).view(torch.uint8)
+    packed[..., head:] = pairs.reshape(tiles, groups, -1).view(torch.uint8)
     return packed
 
 
 def q8_rows(packed: Tensor, ids_T: Tensor) -> Tensor:
-    """The given rows of a matrix that `pack_q8` made, dequantised: float32 [T, D]."""
+    """The given rows of a matrix that `pack_q8` made without minima, dequantised: float32 [T, D]."""
     tiles, groups, size = packed.shape
     pairs = (size // TILE_ROWS - 4) // 2
     tile_T, row_T = ids_T // TILE_ROWS, ids_T % TILE_ROWS

@@ -5,6 +5,7 @@ norm and SwiGLU. Weights are packed in 4 or 8 bits, activations bfloat16, no bia
 operations one after the other.
 """
 
+from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_long, c_void_p
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from .native import STEP, TILE_ROWS, DecodeShape, Native, Weight
 from .ops import HeadSpec, KVLayer
+
+MOST_PARTS = 3
+"""Weights that a fused QKV may be stored in."""
 
 
 class NormWeight(NamedTuple):
@@ -30,8 +34,7 @@ class PackedWeight(NamedTuple):
     in_features: int
 
     def address(self) -> Weight:
-        group = self.in_features // self.data.shape[1]
-        return Weight(self.data.data_ptr(), self.bits, self.in_features, self.out_features, group)
+        return Weight.of(self.data, bits=self.bits, inputs=self.in_features, outputs=self.out_features)
 
 
 class _MlpLayer(Structure):
@@ -45,7 +48,7 @@ class _AttendLayer(Structure):
 
     _fields_ = (
         ("norm", c_void_p),
-        ("qkv", Weight),
+        ("qkv", Weight * MOST_PARTS),
         ("out", Weight),
         *((name, c_void_p) for name in ("q_norm", "k_norm", "angles")),
         ("rotated", c_long),
@@ -82,11 +85,13 @@ class NativeAttend:
     """
 
     def __init__(
-        self, native: Native, norm: NormWeight, *, qkv: PackedWeight, out: PackedWeight, heads: HeadSpec
+        self, native: Native, norm: NormWeight, *, qkv: Sequence[PackedWeight], out: PackedWeight, heads: HeadSpec
     ) -> None:
+        """qkv: one weight, or up to `MOST_PARTS` one under the other where they are stored differently."""
         self._run = native.attend_half
         self._kept = norm, qkv, out, heads
-        layer = _AttendLayer(norm=norm.weight_D.data_ptr(), qkv=qkv.address(), out=out.address(), eps=norm.eps)
+        parts = (Weight * MOST_PARTS)(*(part.address() for part in qkv))
+        layer = _AttendLayer(norm=norm.weight_D.data_ptr(), qkv=parts, out=out.address(), eps=norm.eps)
         if heads.norms is not None:
             layer.q_norm, layer.k_norm = heads.norms.q_weight_E.data_ptr(), heads.norms.k_weight_E.data_ptr()
             layer.head_eps = heads.norms.eps

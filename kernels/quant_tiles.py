@@ -14,7 +14,7 @@ DENSE_FROM = 512
 _SLAB_WEIGHTS = 1 << 25  # unpacked at a time: 64 MiB
 _SPLIT_ROWS = 256  # more of them fill the device without a split
 _PROGRAMS = 400  # at most three find room on a multiprocessor
-_NARROWEST_BLOCK = 64  # columns: where groups of 8-bit codes ask for it, else 128
+_NARROWEST_BLOCK = 32  # columns: where groups of 8-bit codes ask for it, else 128
 _NARROWEST = 64  # features of a tile: what a warp group multiplies
 
 

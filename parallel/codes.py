@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 UNIT = 32
-"""Columns: kernels want groups of a multiple of this many."""
+"""Columns: kernels want groups of a multiple of this many, half of it where there are 8 bits and no zeros."""
 
 
 class Kind(Enum):
@@ -49,6 +49,11 @@ class Codes:
     @property
     def out_features(self) -> int:
         return len(self.codes_FD)
+
+    @property
+    def unit(self) -> int:
+        """Columns: kernels want groups of a multiple of this many."""
+        return unit_of(self.codes_FD, self.zero_FG)
 
     def regrouped(self, group: int) -> "Codes":
         """The same with smaller groups: `group` divides the present size."""
@@ -126,19 +131,25 @@ class Float8:
 Quantised = Codes | Float8
 
 
+def unit_of(codes_FD: Tensor, zero_FG: Tensor | None) -> int:
+    """`Codes.unit` of codes that are yet to be made."""
+    return UNIT // 2 if codes_FD.dtype is torch.int8 and zero_FG is None else UNIT
+
+
 def in_groups(codes_FD: Tensor, scale_FG: Tensor, zero_FG: Tensor | None, group_of_D: Tensor) -> Codes:
     """Codes whose columns belong to any of the groups, each to group_of_D[j] (int64), in groups that kernels take.
 
     Columns of one group are brought together (that is what a checkpoint in the order of activations asks for, GPTQ's
-    `desc_act`), and groups that a rank's cut has left with no whole multiple of `UNIT` columns are padded to one.
+    `desc_act`), and groups that a rank's cut has left with no whole multiple of their unit are padded to one.
     """
     groups, order_D = torch.sort(group_of_D, stable=True)
     present, counts = torch.unique_consecutive(groups, return_counts=True)
     sorted_already = bool(torch.equal(groups, group_of_D))
     unit = gcd(*counts.tolist())
     columns = None if sorted_already else order_D
-    if unit % UNIT:
-        padded = -(-counts // UNIT) * UNIT
+    wanted = unit_of(codes_FD, zero_FG)
+    if unit % wanted:
+        padded = -(-counts // wanted) * wanted
         columns = torch.full((int(padded.sum()),), len(group_of_D))
         starts = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
         columns[torch.arange(len(groups)) + starts.repeat_interleave(counts)] = order_D
@@ -184,7 +195,7 @@ def _stack_codes(parts: Sequence[Codes]) -> Codes | None:
         if (part.zero_FG is None) != (first.zero_FG is None) or not _same_order(part.order_D, first.order_D):
             return None
     group = gcd(*(part.group for part in parts))
-    if group % UNIT and any(part.group != group for part in parts):
+    if group % first.unit and any(part.group != group for part in parts):
         return None
     parts = [part.regrouped(group) for part in parts]
     zeros = [part.zero_FG for part in parts if part.zero_FG is not None]

@@ -33,7 +33,7 @@ class NativeInt4Linear:
 
 
 class NativeInt8Linear:
-    """The same of 8 bits without zeros, scales in float32. A group of codes is any multiple of 32 columns."""
+    """The same of 8 bits, scales and minima in float32. A group of codes is any multiple of its unit."""
 
     def __init__(self, native: Native, codes: Codes) -> None:
         self._native = native
@@ -72,7 +72,8 @@ def _packed_q4(codes: Codes) -> Tensor:
 
 
 def _packed_q8(codes: Codes) -> Tensor:
-    return pack_q8(_whole_tiles(codes.codes_FD), _whole_tiles(codes.scale_FG))
+    minimum_FG = None if codes.zero_FG is None else _whole_tiles(_minima(codes))
+    return pack_q8(_whole_tiles(codes.codes_FD), _whole_tiles(codes.scale_FG), minimum_FG)
 
 
 def _whole_tiles(rows: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.native import TILE_ROWS, Native, pack_q8, q8_rows
-from .codes import UNIT, Codes, Kind
+from .codes import Codes, Kind
 
 _PACKED_ROWS = 1 << 12  # at a time, while loading: whole tiles
 
@@ -25,8 +25,9 @@ class NativeHead:
 
     @staticmethod
     def fits(codes: Codes) -> bool:
-        """Whether they have 8 bits, no zeros, their own order, and groups of a multiple of 32 columns."""
-        return codes.kind is Kind.INT8 and codes.zero_FG is None and codes.order_D is None and codes.group % UNIT == 0
+        """Whether they have 8 bits, no zeros, their own order, and groups of whole units."""
+        plain = codes.zero_FG is None and codes.order_D is None
+        return codes.kind is Kind.INT8 and plain and codes.group % codes.unit == 0
 
     def logits(self, x_RD: Tensor) -> Tensor:
         """Float32 [R, D] -> [R, V]."""

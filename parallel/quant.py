@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels.linear import Linear, linear
 from ..kernels.native import Native, load_native
-from .codes import UNIT, Codes, Kind, Quantised
+from .codes import Codes, Kind, Quantised
 from .int4 import Int4Layout, Int4Linear, probe_int4_layout
 from .int8 import Int8Linear
 from .native import NativeInt4Linear, NativeInt8Linear, fits_q4
@@ -55,14 +55,14 @@ class StackedLinear:
     """Weights one under the other that no single method holds: a fused layer whose parts are stored differently."""
 
     def __init__(self, parts: Sequence[LinearMethod]) -> None:
-        self._parts = tuple(parts)
+        self.parts = tuple(parts)
         self.out_features, self.in_features = sum(part.out_features for part in parts), parts[0].in_features
 
     def apply(self, x_TD: Tensor) -> Tensor:
-        return torch.cat([part.apply(x_TD) for part in self._parts], 1)
+        return torch.cat([part.apply(x_TD) for part in self.parts], 1)
 
     def num_bytes(self) -> int:
-        return sum(part.num_bytes() for part in self._parts)
+        return sum(part.num_bytes() for part in self.parts)
 
 
 class GatheredLinear:
@@ -187,11 +187,9 @@ class CpuKernels:
         return None if self._layout is None else Int4Linear(codes, self._layout, unpack_from=unpack_from)
 
     def _int8(self, codes: Codes) -> LinearMethod | None:
-        if codes.zero_FG is not None:
-            return None
         if self._native is not None:
             return NativeInt8Linear(self._native, codes)
-        if codes.scale_FG.shape[1] > 1:
+        if codes.zero_FG is not None or codes.scale_FG.shape[1] > 1:
             return None
         return Int8Linear(codes, unpack_from=None if self._deterministic else Int8Linear.UNPACK_FROM)
 
@@ -199,7 +197,7 @@ class CpuKernels:
 def over_codes(weight: Quantised, make: Callable[[Codes], LinearMethod | None]) -> LinearMethod | None:
     """What `make` makes of integers in whole units, their order of columns seen to. None also where so much padding was
     added that dense weights in 16 bits take little more."""
-    if not isinstance(weight, Codes) or weight.group % UNIT:
+    if not isinstance(weight, Codes) or weight.group % weight.unit:
         return None
     bits = 4 if weight.kind is Kind.INT4 else 8
     if bits * weight.codes_FD.shape[1] > 12 * weight.in_features:

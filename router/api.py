@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..runtime.errors import InvalidRequest, MethodNotAllowed, NotFound, ShoalError, Unavailable
+from ..runtime.errors import EngineError, InvalidRequest, MethodNotAllowed, NotFound, RequestError, ShoalError
 from . import request_log
 from .auth import Guard
 from .body import ClientGone, read_json
@@ -133,6 +133,7 @@ class Handlers:
             ingress.replicas(),
             ingress.metrics,
             variants=ingress.variants.describe(),
+            parts=ingress.parts,
             is_draining=ingress.admission.draining,
         )
         return _json(described)
@@ -162,9 +163,11 @@ class Handlers:
             shaped = shape(_heading(launched, body), launched.asked.job, _speller(launched.asked.model, body))
             try:
                 return await self._answer(request, body, asks, launch=launched, shape=shaped)
-            except Unavailable:
+            except InvalidRequest as error:
+                raise _as_asked(error, body) from None
+            except EngineError as error:
                 avoid |= {launched.asked.model.name}
-                if not self._ingress.may_go_elsewhere(launched, asks, avoid):
+                if not self._ingress.may_go_elsewhere(launched, error, asks, avoid):
                     raise
                 if named:
                     left_s = max(0.001, min(named) - (time.monotonic() - began))
@@ -260,20 +263,28 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405."""
     assert isinstance(error, HTTPException)
     method, path = request.scope["method"], request.scope["path"]
+    refusal: RequestError = InvalidRequest(str(error.detail)[:500])
+    headers: dict[str, str] = {}
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        refusal = MethodNotAllowed(
-            f"{path!r:.200} does not take {method!r:.30}; it takes {allowed}", code="method_not_allowed"
-        )
-        return error_response(refusal, {"allow": allowed})
-    if error.status_code == 404:
-        return error_response(NotFound(f"there is no route {path!r:.200}", code="route_not_found"))
-    return error_response(InvalidRequest(str(error.detail)[:500]))
+        headers["allow"] = (error.headers or {}).get("Allow", "")
+        taken = f"{path!r:.200} does not take {method!r:.30}; it takes {headers['allow']}"
+        refusal = MethodNotAllowed(taken, code="method_not_allowed")
+    elif error.status_code == 404:
+        refusal = NotFound(f"there is no route {path!r:.200}", code="route_not_found")
+    _exchange(request).failure = refusal
+    return error_response(refusal, headers)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
     _exchange(request).failure = error
     return Response(status_code=499)  # nobody reads it; it is the status that shows in metrics and access logs
+
+
+def _as_asked(error: InvalidRequest, body: SamplingBody) -> InvalidRequest:
+    """A grammar that a replica refuses, under the name of the field that brought it."""
+    if error.param == "structured_outputs" and body.structured_outputs is None:
+        return InvalidRequest(str(error), param="response_format", code=error.code)
+    return error
 
 
 def _heading(launch: Launch, body: SamplingBody) -> Heading:

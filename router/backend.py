@@ -45,6 +45,10 @@ class ReplicaLeft(e.Unavailable):
     """The replica said that it would go, and has gone with the log unfinished: another goes on, nobody is to blame."""
 
 
+class Poison(e.RowFailed):
+    """Ranks or replicas were lost while they computed this one, and it alone: nobody else is to try it."""
+
+
 class Status(msgspec.Struct, frozen=True, array_like=True):
     """A replica's word on itself. problem: why it takes no work; None where it does. ranks: its grid."""
 

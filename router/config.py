@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..runtime.generation import MAX_N
+from ..runtime.misfit import Misfit
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -141,16 +143,19 @@ class RouterConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> RouterConfig:
         loads = [rung.load for rung in self.ladder]
-        if loads != sorted(set(loads)):
-            raise ValueError(f"the ladder's loads are {loads}: each rung stands higher than the one before")
+        for i, (below, load) in enumerate(pairwise(loads), 1):
+            if load <= below:
+                sentence = f"the ladder's loads are {loads}: each rung stands higher than the one before"
+                raise Misfit(sentence, "ladder", i, "load")
         names = [tenant.name for tenant in self.tenants]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two tenants have the name {twice[0]}")
         owners: dict[str, str] = {digest_of(key): "api_keys" for key in self.api_keys}
-        for tenant in self.tenants:
-            for key in tenant.keys:
+        for i, tenant in enumerate(self.tenants):
+            if tenant.name in names[:i]:
+                raise Misfit(f"two tenants have the name {tenant.name}", "tenants", i, "name")
+            for j, key in enumerate(tenant.keys):
                 if owners.setdefault(key, tenant.name) != tenant.name:
-                    raise ValueError(f"one key belongs to both {owners[key]} and {tenant.name}")
+                    sentence = f"one key belongs to both {owners[key]} and {tenant.name}"
+                    raise Misfit(sentence, "tenants", i, "keys", j)
         return self
 
 

@@ -13,7 +13,8 @@ from contextlib import aclosing
 from types import TracebackType
 
 from ..runtime.errors import RequestTimeout, RowFailed, ShoalError, Unavailable
-from ..runtime.generation import FinishReason, TokenEvent
+from ..runtime.generation import POISON, FinishReason, TokenEvent
+from .backend import Poison
 from .cache import CacheStatus, Reading
 from .text import Choice, Piece
 
@@ -147,5 +148,5 @@ def _problem(event: TokenEvent) -> ShoalError | None:
     if event.finish_reason is FinishReason.ABORT:
         return Unavailable(event.error or "the server ended the generation before its end")
     if event.finish_reason is FinishReason.ERROR:
-        return RowFailed(event.error or "the generation failed")
+        return (Poison if event.error == POISON else RowFailed)(event.error or "the generation failed")
     return None

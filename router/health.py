@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import Counter, Gauge
 
 from .backend import ReplicaState
+from .load_report import Decided
 from .metrics import RouterMetrics
+from .model import Model
 
 
 def describe_cluster(
@@ -16,12 +18,14 @@ def describe_cluster(
     metrics: RouterMetrics,
     *,
     variants: Sequence[Mapping[str, Any]],
+    parts: Iterable[Model],
     is_draining: bool,
 ) -> dict[str, Any]:
-    """`/v1/cluster`: every replica and every variant as it is known here, and this router."""
+    """`/v1/cluster`: replicas, variants, parts (variants, further models) as they are known here, and this router."""
     return {
         "replicas": [_replica(replica, state) for replica, state in replicas.items()],
         "variants": variants,
+        "parts": [_part(part) for part in parts],
         "router": {
             "draining": is_draining,
             "in_flight": int(_sum(metrics.in_flight)),
@@ -30,6 +34,27 @@ def describe_cluster(
             "redis_available": bool(_sum(metrics.store.available)),
             "cache": _by_label(metrics.cache.lookups, "status"),
         },
+    }
+
+
+def _part(part: Model) -> dict[str, Any]:
+    scale = part.scale
+    return {
+        "name": part.name,
+        "ready": scale.num_ready,
+        "held": len(part.sleep.held),
+        "queued": len(part.queue),
+        "autoscaling": None if scale.decided is None else _decided(scale.decided),
+    }
+
+
+def _decided(decided: Decided) -> dict[str, Any]:
+    return {
+        "target": decided.replicas,
+        "max_replicas": decided.most,
+        "reason": decided.reason,
+        "words": decided.words,
+        "since": round(decided.since, 3),
     }
 
 

@@ -69,8 +69,10 @@ def envelope(error: Exception) -> bytes:
 def error_headers(error: Exception) -> dict[str, str]:
     """What goes with the status: on 429 and 503 Retry-After, on 401 the scheme; a half-read body closes the line.
 
-    `x-should-retry` is what OpenAI's clients obey before their own rules. A deadline that passed was the client's own:
-    made again at once, the request would only add to the load.
+    `x-should-retry` is what OpenAI's clients obey before their own rules: to send again, twice, what ends in 408, 409
+    or any 5xx. A deadline that passed was the client's own: made again at once, the request would only add to the load.
+    A row that failed would fail again, and may take its replica along. A log that is not kept is not there a moment
+    later.
     """
     status, _ = status_of(error)
     headers: dict[str, str] = {}
@@ -85,7 +87,7 @@ def error_headers(error: Exception) -> dict[str, str]:
         headers["retry-after-ms"] = str(math.ceil(wait * 1000))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    if status == 408:
+    if isinstance(error, e.RequestTimeout | e.RowFailed | e.CacheMiss | e.LogLost):
         headers["x-should-retry"] = "false"
     if status in (408, 413):
         headers["connection"] = "close"

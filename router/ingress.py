@@ -12,15 +12,15 @@ from functools import partial
 
 import msgspec
 
-from ..runtime.errors import InvalidRequest, NotFound, Unavailable
+from ..runtime.errors import EngineError, InvalidRequest, NotFound, Unavailable
 from ..runtime.generation import GenerationRequest, TokenEvent
 from ..runtime.stats import Stats
 from ..runtime.text import Text
 from .admission import Admission, Grant
 from .auth import Keys, keys_of
-from .backend import Backend, ModelInfo, ReplicaState
+from .backend import Backend, ModelInfo, Poison, ReplicaState
 from .balance import Balancer
-from .cache import Reading, ResponseCache
+from .cache import CacheStatus, Reading, ResponseCache
 from .config import RouterConfig
 from .flight import Flight
 from .headers import VARIANT, Asks
@@ -94,7 +94,7 @@ class Ingress:
             logs_text=config.log_prompts,
         )
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
-        self.metrics.watch(self.replicas, self.variants.shares)
+        self.metrics.watch(self.replicas, self.variants.shares, lambda: [part.scale for part in self.parts])
         self._peers = peers
         self._flights: set[Flight] = set()
         self._scraping = asyncio.Lock()
@@ -134,6 +134,7 @@ class Ingress:
             model = self.variants.drop(name)
             self._void(model)
         model.dropped = True
+        self.metrics.held.forget(name)
         self._leaving.append(model)
         return model
 
@@ -156,7 +157,7 @@ class Ingress:
         balancer: Balancer | None,
         cache: ResponseCache | None = None,
     ) -> Model:
-        return Model(
+        model = Model(
             backend,
             name=name,
             names=names,
@@ -168,6 +169,8 @@ class Ingress:
             twin=self._twin_of,
             on_change=self._void,
         )
+        self.metrics.held.watch(name, model.sleep.held)
+        return model
 
     def _twin_of(self, model: Model) -> Model | None:
         return self.variants.twin_of(model)
@@ -181,10 +184,15 @@ class Ingress:
         self.metrics.variants.rollbacks.labels(name, verdict.bound).inc()
 
     @property
+    def parts(self) -> list[Model]:
+        """All variants and further models."""
+        return [*self.variants.members, *self._further.values()]
+
+    @property
     def _all(self) -> list[Model]:
         """Also those that were dropped, while anything runs there."""
         self._leaving = [model for model in self._leaving if model.is_used]
-        return [*self.variants.members, *self._further.values(), *self._leaving]
+        return [*self.parts, *self._leaving]
 
     def check_open(self) -> None:
         """Raises Unavailable before the main model is open."""
@@ -221,13 +229,16 @@ class Ingress:
         read = partial(Preparer.completion, body=body)
         return await self._take(body, tenant, asks, kind="cmpl", read=read, avoid=avoid)
 
-    def may_go_elsewhere(self, launch: Launch, asks: Asks, avoid: frozenset[str]) -> bool:
-        """Whether a request that its variant had no replica for, and of which nothing was sent, may go to another one.
+    def may_go_elsewhere(self, launch: Launch, error: EngineError, asks: Asks, avoid: frozenset[str]) -> bool:
+        """Whether a request that its variant failed, and of which nothing was sent, may go to another one.
 
         avoid: that variant, and those that it was with before.
         """
-        is_free = asks.variant is None and asks.received is None and not self.admission.draining
-        return is_free and launch.asked.trial.has_failed and self.variants.has_other(launch.asked.model, avoid)
+        is_bound = asks.variant is not None or asks.received is not None or self.admission.draining
+        if is_bound or isinstance(error, Poison):
+            return False
+        has_failed = launch.asked.trial.has_failed or launch.flight.origin()[0] is CacheStatus.SHARED
+        return has_failed and self.variants.has_other(launch.asked.model, avoid)
 
     async def _take(
         self,
@@ -371,12 +382,13 @@ class Ingress:
             stack.enter_context(asked.model.in_use())
             if self.admission.load >= 1.0:
                 self._shadows.shed()
-            place = await self.admission.place(
-                asked.tenant,
-                priority=request.priority,
-                prompt_tokens=len(request.prompt),
-                timeout_s=request.timeout_s,
-            )
+            with asked.model.queue.one_more():
+                place = await self.admission.place(
+                    asked.tenant,
+                    priority=request.priority,
+                    prompt_tokens=len(request.prompt),
+                    timeout_s=request.timeout_s,
+                )
             stack.callback(place.close)
             grant.use(len(request.prompt))
             request = msgspec.structs.replace(request, timeout_s=max(0.001, deadline - self._clock()))

@@ -73,11 +73,23 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True, tag="release"):
-    """The answer to a goodbye, once another replica takes this ingress's work: nothing new comes over this line."""
+    """The answer to a goodbye, once another replica takes this ingress's work: nothing new comes over this line.
+
+    is_last: no replica stays that could go on with what runs here; said again where that has changed.
+    """
+
+    is_last: bool = False
 
 
 class Recite(msgspec.Struct, frozen=True, array_like=True, tag="recite"):
     """A `Cached` was missed: say from the start what is cached."""
+
+
+class Queue(msgspec.Struct, frozen=True, array_like=True, tag="queue"):
+    """Generations for the replica's part that wait at the ingress for a place, and how long the first of them has."""
+
+    count: int = 0
+    longest_s: float = 0.0
 
 
 # What a replica says.
@@ -128,7 +140,7 @@ class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
     """The replica is to go. What runs goes on, and until it is released it takes what nobody else can take."""
 
 
-FromIngress = Submit | Abort | Release | Recite
+FromIngress = Submit | Abort | Release | Recite | Queue
 FromReplica = Welcome | Beat | Cached | Begun | Events | Failed | Goodbye
 
 

@@ -34,6 +34,7 @@ from .line import (
     Goodbye,
     LineError,
     LineLimits,
+    Queue,
     Recite,
     Release,
     Submit,
@@ -91,6 +92,8 @@ class LineBackend:
         self._rng = rng or random.Random()
         self._links: dict[str, _Link] = {}
         self._digest: str | None = None  # of the model that newcomers are for; None: whatever there is
+        self.queue: Callable[[], Queue] = Queue  # who waits here for a place: replicas are told, and report it
+        self._is_retired = False  # no newcomers
         self._num_wanted = 1  # replicas that were there; fewer, and one is missing
         self._break = asyncio.Event()
         self._searching: asyncio.Task[None] | None = None
@@ -102,6 +105,11 @@ class LineBackend:
     def use(self, digest: str) -> None:
         """Newcomers are for that model from now on: where replicas serve another one, too, only those take its work."""
         self._digest = digest
+        self._release()
+
+    def retire(self) -> None:
+        """Nothing new comes: a replica that is to go need not wait for another one."""
+        self._is_retired = True
         self._release()
 
     async def close(self) -> None:
@@ -179,14 +187,15 @@ class LineBackend:
         return all(link.is_leaving for link in self._links.values())
 
     def _release(self) -> None:
-        """Let those go that said goodbye, once another one is ready for what comes new."""
+        """Let those go that said goodbye, once another one is ready for what comes new, or nothing new comes."""
         ready = {link.digest for link in self._links.values() if link.stays}
         for link in self._links.values():
-            if link.is_leaving and not link.is_released and (self._digest or link.digest) in ready:
-                link.release()
+            if link.is_leaving and (self._is_retired or (self._digest or link.digest) in ready):
+                link.release(is_last=link.digest not in ready)
 
     def _turned(self, link: _Link) -> None:
         """It said how it is, or goodbye."""
+        link.wire.send([self.queue()])
         self._release()
         if link.is_leaving and self._all_leave():
             self._break.set()
@@ -245,6 +254,7 @@ class _Link:
         self.beat: Beat
         self.is_leaving = False
         self.is_released = False
+        self._is_last = False  # as it was told
         self.is_silent = False
         self._limits = limits
         self._on_turn = on_turn
@@ -290,10 +300,11 @@ class _Link:
         if not stream.ended and self.wire.is_open:
             self.wire.send([Abort(stream.id)])
 
-    def release(self) -> None:
-        """Nothing new comes over this line."""
-        self.is_released = True
-        self.wire.send([Release()])
+    def release(self, *, is_last: bool) -> None:
+        """Nothing new comes over this line. is_last: nobody else can go on with what runs there."""
+        if not self.is_released or is_last != self._is_last:
+            self.is_released, self._is_last = True, is_last
+            self.wire.send([Release(is_last)])
 
     @property
     def digest(self) -> str:

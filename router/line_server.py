@@ -32,6 +32,7 @@ from .line import (
     Goodbye,
     LineError,
     LineLimits,
+    Queue,
     Recite,
     Release,
     Submit,
@@ -79,6 +80,7 @@ class LineServer:
         self._server: asyncio.Server | None = None
         self._beating: asyncio.Task[None] | None = None
         self.is_leaving = False
+        self.lingers = True  # on its leave, for what may come while nobody else is ready; else until nothing runs
         self._released = asyncio.Event()
 
     async def start(self, host: str) -> int:
@@ -89,6 +91,12 @@ class LineServer:
         self._beating = asyncio.create_task(self._beat())
         port: int = sock.getsockname()[1]
         return port
+
+    @property
+    def queue(self) -> Queue:
+        """What waits at all ingresses for a place."""
+        queues = [peer.queue for peer in self._peers]
+        return Queue(sum(queue.count for queue in queues), max((queue.longest_s for queue in queues), default=0.0))
 
     def goodbye(self) -> None:
         """Tell the ingresses that this replica is to go. What runs goes on, and so may what only it can take."""
@@ -101,12 +109,24 @@ class LineServer:
         """Returns when no ingress sends anything more: each has another replica, or is gone. Behind `goodbye`."""
         await self._released.wait()
 
+    @property
+    def holds_last(self) -> bool:
+        """Whether something runs here that no other replica could go on with."""
+        return any(peer.is_last_resort and peer.runs for peer in self._peers)
+
+    @property
+    def is_busy(self) -> bool:
+        return any(peer.runs for peer in self._peers)
+
     def release(self) -> None:
         """Wait for no ingress's leave: nothing more can be taken."""
         self._released.set()
 
     def check_released(self) -> None:
-        if self.is_leaving and all(peer.has_released for peer in self._peers if peer.wire.is_open):
+        if not self.is_leaving:
+            return
+        is_free = not self.lingers and not self.is_busy
+        if is_free or all(peer.has_released for peer in self._peers if peer.wire.is_open):
             self._released.set()
 
     async def close(self, grace_s: float = 0.0) -> None:
@@ -151,6 +171,8 @@ class _Peer:
         self.wire: Wire
         self.received = 0  # the last stream submitted
         self.has_released = False
+        self.is_last_resort = False  # nobody else can go on with what runs here
+        self.queue = Queue()
         self.runs: dict[int, asyncio.Task[None]] = {}
         self._num_told = 0
         self._server = server
@@ -196,8 +218,11 @@ class _Peer:
             self.tell(self._server.catalogue.recite())
             return
         if isinstance(message, Release):
-            self.has_released = True
+            self.has_released, self.is_last_resort = True, message.is_last
             self._server.check_released()
+            return
+        if isinstance(message, Queue):
+            self.queue = message
             return
         if message.stream <= self.received:
             raise LineError(f"stream {message.stream} behind stream {self.received}")
@@ -237,6 +262,7 @@ class _Peer:
 
     def _over(self, stream: int, run: asyncio.Task[None]) -> None:
         self.runs.pop(stream, None)
+        self._server.check_released()
         if not run.cancelled() and (error := run.exception()) is not None:
             logger.error("unexpected %s in a replica", type(error).__name__, exc_info=error)
             text = "internal error in the replica; its log has it"

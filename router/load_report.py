@@ -1,4 +1,4 @@
-"""Behind station 8: what a replica tells whoever settles how many replicas there are (cluster/scaling.py).
+"""Behind station 8: what a replica tells whoever settles how many replicas there are (cluster/scaling.py), and back.
 
 A report is a moment's figures and totals since the start; rates are the reader's, over whatever window it likes. Ray
 Serve carries it as a dictionary of numbers.
@@ -28,6 +28,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     prompts and answers. steps, busy_s: ever made, and the seconds that they took. floor_s: what a step takes however
     few are in it, as far as this replica has seen. num_first, ttft_s: first tokens of the last `WINDOW_S`, and the time
     that nine of ten of them took; whoever still waits for one counts with what it has waited. leaving: takes no more.
+    num_queued, queued_s: what waits for a place at all ingresses, before any replica, and how long the first of it has;
+    these are the part's, and every replica of it says the same.
     """
 
     num_running: int = 0
@@ -44,6 +46,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     num_first: int = 0
     ttft_s: float = 0.0
     leaving: bool = False
+    num_queued: int = 0
+    queued_s: float = 0.0
 
     @property
     def started(self) -> int:
@@ -58,6 +62,22 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     def as_numbers(self) -> dict[str, float]:
         """As Serve takes it: names to numbers."""
         return {name: float(value) for name, value in msgspec.structs.asdict(self).items()}
+
+
+class Decided(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer, for people and metrics: so many replicas of a part there are to be, and why (cluster/scaling.py).
+
+    most, ttft_s: the bound and the objective. since, said_at: unix seconds, of the last change of number or reason, and
+    of this word.
+    """
+
+    replicas: int
+    reason: str
+    words: str
+    most: int
+    ttft_s: float
+    since: float
+    said_at: float
 
 
 def report_of(numbers: Mapping[str, float]) -> LoadReport:
@@ -95,8 +115,8 @@ class LoadWatch:
             now = self._clock()
             self._first.append((now, now - came))
 
-    def report(self, stats: Stats, *, leaving: bool = False) -> LoadReport:
-        """How things stand now."""
+    def report(self, stats: Stats, *, leaving: bool = False, num_queued: int = 0, queued_s: float = 0.0) -> LoadReport:
+        """How things stand now. num_queued, queued_s: as ingresses say."""
         now = self._clock()
         while self._first and self._first[0][0] < now - WINDOW_S:
             self._first.popleft()
@@ -118,6 +138,8 @@ class LoadWatch:
             num_first=len(took),
             ttft_s=took[min(len(took) - 1, int(0.9 * len(took)))] if took else 0.0,
             leaving=leaving,
+            num_queued=num_queued,
+            queued_s=queued_s,
         )
 
     def _look(self, stats: Stats) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from .waiters import Waiters
+
 PREFIX = "shoal_"
 _PAUSE_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _WAIT_S = (0.001, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30)
@@ -59,6 +61,25 @@ class ResumeMeter(_Meter):
         self.given_up = self._counter("generations_given_up", "Generations that did not.", "reason")
         self.suspects = self._gauge("suspects", "Generations that go on one at a time: they may end replicas.")
         self.pause = self._histogram("resume_pause_seconds", "From the loss to the next token.", _PAUSE_S)
+
+
+class HoldMeter(_Meter):
+    """Requests that wait for a part that sleeps, by part. As everywhere, the label `variant` is a part's name."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.requests = self._gauge("held_requests", "Generations that wait for a part's first replica.", "variant")
+        self.seconds = self._gauge("held_seconds", "The longest of those waits.", "variant")
+
+    def watch(self, part: str, held: Waiters) -> None:
+        """Tell of these from now on."""
+        self.requests.labels(part).set_function(lambda: len(held))
+        self.seconds.labels(part).set_function(lambda: held.longest_s)
+
+    def forget(self, part: str) -> None:
+        """There is no such part any more."""
+        self.requests.remove(part)
+        self.seconds.remove(part)
 
 
 class AdmissionMeter(_Meter):

@@ -24,8 +24,9 @@ from .backend import ReplicaState
 from .body import ClientGone
 from .chorus import DEPARTED, Chorus, Words
 from .last_words import LastWords, Word
-from .meters import AdmissionMeter, CacheMeter, ResumeMeter, RoutingMeter, StoreMeter, VariantMeter
+from .meters import AdmissionMeter, CacheMeter, HoldMeter, ResumeMeter, RoutingMeter, StoreMeter, VariantMeter
 from .request_log import Exchange, kind_of
+from .scaling_watch import PartScale, ScalingWatch
 from .text import Choice
 from .vllm_names import BothNames, OurNames
 
@@ -118,11 +119,18 @@ class RouterMetrics:
         self.admission = AdmissionMeter(self.registry)
         self.routing = RoutingMeter(self.registry)
         self.variants = VariantMeter(self.registry)
+        self.held = HoldMeter(self.registry)
         self._served_parts: dict[str, PartMetrics] = {}
 
-    def watch(self, replicas: Callable[[], Mapping[str, ReplicaState]], shares: Callable[[], Shares] = dict) -> None:
-        """Tell of the connected replicas, too, and of the variants' shares. Both are asked at every scrape."""
-        self._parts += [ReplicaWatch(replicas), ShareWatch(shares)]
+    def watch(
+        self,
+        replicas: Callable[[], Mapping[str, ReplicaState]],
+        shares: Callable[[], Shares] = dict,
+        scales: Callable[[], Iterable[PartScale]] = list,
+    ) -> None:
+        """Tell of the connected replicas, too, of the variants' shares, and of how many replicas parts are to have. All
+        are asked at every scrape."""
+        self._parts += [ReplicaWatch(replicas), ShareWatch(shares), ScalingWatch(scales)]
 
     def part(self, name: str) -> PartMetrics:
         """Of the variant or further model of that name, which is the deployment's and no client's."""

@@ -12,6 +12,7 @@ from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
 
 from .metrics import ReplicaBook, ReplicaWatch, RouterMetrics, ShareWatch
+from .scaling_watch import ScalingWatch
 from .vllm_names import NAMES
 
 _HEAD = """\
@@ -51,6 +52,7 @@ def sections() -> list[tuple[str, list[Declared]]]:
         ("Response cache and shared flights", _wrapped(metrics.cache)),
         ("Redis", _wrapped(metrics.store)),
         ("Variants", chain(_wrapped(metrics.variants), _families(ShareWatch(dict).collect()))),
+        ("Autoscaling", chain(_wrapped(metrics.held), _families(ScalingWatch().collect()))),
         ("Choice of a replica", _wrapped(metrics.routing)),
         ("Replicas that were lost", _wrapped(metrics.resume)),
         ("Replicas", _families(chain(ReplicaWatch(dict).collect(), ReplicaBook().collect()))),

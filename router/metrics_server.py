@@ -7,6 +7,7 @@ that is replaced. A dozen lines of HTTP are all that a scraper needs: one reques
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -41,7 +42,8 @@ async def serve_metrics(scrape: Scrape, *, host: str, port: int, retry_s: float 
             server = await asyncio.start_server(answer, host, port, limit=MAX_HEAD)
         except OSError as error:
             if not is_told:
-                logger.warning("no /metrics on %s port %d so far: %s", host, port, error.strerror)
+                level = logging.INFO if error.errno == errno.EADDRINUSE else logging.WARNING  # by another ingress
+                logger.log(level, "no /metrics on %s port %d so far: %s", host, port, error.strerror)
                 is_told = True
             await asyncio.sleep(retry_s)
         else:

@@ -13,10 +13,13 @@ from .backend import Backend, ModelInfo
 from .balance import AnyReplica, Balancer
 from .cache import NoCache, ResponseCache
 from .config import RouterConfig
+from .load_report import Decided
 from .meters import ResumeMeter
 from .resume import Resume
 from .rollout_config import STABLE
+from .scaling_watch import PartScale
 from .twin import Twinned, is_ready
+from .waiters import Waiters
 from .wake import Sleep
 
 
@@ -47,7 +50,9 @@ class Model:
         self.cache: ResponseCache = cache or NoCache()
         self.balancer: Balancer = balancer or AnyReplica()
         reached = Twinned(backend, self.balancer, lambda: twin(self))
-        self.sleep = Sleep()  # where it may, the deployment says who wakes it (`Sleep.allow`)
+        self.decided: Decided | None = None  # how many replicas there are to be, where that is settled and known
+        self.queue = Waiters(clock=clock)  # for a place among those that the router admits
+        self.sleep = Sleep(clock=clock)  # where it may, the deployment says who wakes it (`Sleep.allow`)
         self.resume = Resume(reached, reached, config=config, meter=meter, sleep=self.sleep, clock=clock)
         self._on_change = on_change
         self.dropped = False  # nothing new comes
@@ -81,6 +86,13 @@ class Model:
     def is_asleep(self) -> bool:
         """Open, and who comes now waits for a replica to be started."""
         return self.is_open and self.sleep.is_allowed and not is_ready(self.backend)
+
+    @property
+    def scale(self) -> PartScale:
+        """How many replicas it has, and is to have."""
+        states = self.backend.replicas().values()
+        num_ready = sum(state.problem is None and not state.is_leaving for state in states)
+        return PartScale(self.name, num_ready, self.decided)
 
     @property
     def info(self) -> ModelInfo:

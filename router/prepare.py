@@ -107,7 +107,7 @@ class Preparer:
         if asked is not None and asked < 1:
             name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
             raise InvalidRequest(f"{name} is {asked}; it must be at least 1", param=name)
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise InvalidRequest(f"top_logprobs is {body.top_logprobs}; it needs logprobs: true", param="top_logprobs")
         params = self._params(body, max_tokens=asked, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         ids = await self._encode_chat(body)

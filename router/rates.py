@@ -231,8 +231,8 @@ class Rates:
         for limit, cost in costs:
             if cost > limit.capacity:
                 raise RateLimited(
-                    f"the request may come to {tokens} tokens, above {limit.capacity:g}, the whole {limit.knob} of "
-                    f"{tenant.name}: shorten the prompt or lower max_tokens",
+                    f"the request may come to {tokens} tokens, above {_plain(limit.capacity)}, the whole {limit.knob} "
+                    f"of {tenant.name}: shorten the prompt or lower max_tokens",
                     retry_after=limit.period_s, code=_code(limit), headers={}, is_final=True,
                 )  # fmt: skip
         taking = asyncio.create_task(self._take(tenant.name, costs))
@@ -285,8 +285,8 @@ def _refusal(tenant: Tenant, costs: Costs, taken: Taken, headers: Mapping[str, s
     left = max(0, math.floor(taken.levels[waits.index(wait)].left))
     unit = "requests" if limit.name == "requests" else "tokens"
     return RateLimited(
-        f"{tenant.name} may use {limit.capacity:g} {unit} in {limit.period_s:g} s ({limit.knob}); {left} are left and "
-        f"this request needs {cost:g}: there is room in {wait:.3g} s",
+        f"{tenant.name} may use {_plain(limit.capacity)} {unit} in {_plain(limit.period_s)} s ({limit.knob}); {left} "
+        f"are left and this request needs {_plain(cost)}: there is room in {_duration(wait)}",
         retry_after=max(0.001, wait), code=_code(limit), headers=headers, is_final=False,
     )  # fmt: skip
 
@@ -311,6 +311,11 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{rest}s"
+
+
+def _plain(value: float) -> str:
+    """For people: 0.5, 30, 50000000."""
+    return f"{value:.15g}"
 
 
 def _number(value: float) -> bytes:

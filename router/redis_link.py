@@ -284,6 +284,7 @@ _CODES = {
     "NOREPLICAS": "misconf",
     "NOPERM": "denied",
 }
+_UNREAD = "Protocol error: unauthenticated"  # Redis 7 does not even read a long call of who has not logged in
 _CODE = re.compile(r"(?:^|-)(" + "|".join(_CODES) + r")\b")  # behind a hyphen where Redis 6 quotes it from a script
 
 
@@ -307,8 +308,10 @@ def diagnose(error: Exception) -> str:
         case ClusterError() | TryAgainError() | AskError():
             return "cluster"
         case ResponseError():
-            code = error.status_code or ""
-            found = _CODE.search(str(error))
+            code, text = error.status_code or "", str(error)
+            if _UNREAD in text:
+                return "auth"
+            found = _CODE.search(text)
             return _CODES.get(code) or (_CODES[found[1]] if found else "script")
         case InvalidResponse():
             return "garbage"

@@ -25,6 +25,8 @@ from .line_server import LineServer
 from .load_report import LoadWatch
 
 LAST_EVENTS_S = 1.0  # for the last events of a closed engine to reach the line
+TURN_S = 10.0  # at least, for ingresses to turn to a replacement: until then it takes what is new
+LOOK_S = 0.05  # between two looks whether all has ended
 MARGIN_S = 3.0  # before a machine goes: what is left is handed over then
 
 
@@ -96,6 +98,7 @@ class Replica:
         self._secret = secret
         self._limits = limits
         self._load = LoadWatch()
+        self.sleeps = False  # its part may have no replica: who comes then is held, and one is started
         self._line: LineServer | None = None
         self._watch: asyncio.Task[None] | None = None
         self._has_left = False
@@ -152,8 +155,12 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve calls this every second where a policy settles how many replicas there are (cluster/autoscale.py)."""
-        is_leaving = self._line is not None and self._line.is_leaving
-        return self._load.report(self._parts.engine.stats(), leaving=is_leaving).as_numbers()
+        stats = self._parts.engine.stats()
+        if self._line is None:
+            return self._load.report(stats).as_numbers()
+        queue, leaving = self._line.queue, self._line.is_leaving
+        report = self._load.report(stats, leaving=leaving, num_queued=queue.count, queued_s=queue.longest_s)
+        return report.as_numbers()
 
     async def check_health(self) -> None:
         """Serve calls this and replaces the replica when it raises. A process that makes no step is dead."""
@@ -175,16 +182,21 @@ class Replica:
         self._has_left = True
 
     async def shutdown(self) -> None:
-        """Leave to others what is new, as soon as there are others; hand over what still runs at the deadline."""
-        deadline = asyncio.get_running_loop().time() + self._parts.drain_timeout_s
+        """Leave to others what is new, as soon as there are others; hand over what still runs at the deadline, or where
+        nobody could go on with it, let it end by its own."""
+        now = asyncio.get_running_loop().time
+        deadline = now() + self._parts.drain_timeout_s
         if self._line is not None:
+            self._line.lingers = not self.sleeps
             self._line.goodbye()
             if not self._parts.engine.healthy:
                 self._line.release()  # it takes nothing more, and what it holds is wanted by the next one
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(max(deadline, now() + TURN_S)):
                     await self._line.released()
-        await self._parts.engine.drain(max(0.0, deadline - asyncio.get_running_loop().time()))
+            while self._line.holds_last or (self._line.is_busy and now() < deadline):
+                await asyncio.sleep(LOOK_S)
+        await self._parts.engine.drain(max(0.0, deadline - now()))
         if self._watch is not None:
             self._watch.cancel()
         await asyncio.to_thread(self.close)

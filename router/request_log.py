@@ -89,6 +89,7 @@ def facts(exchange: Exchange, now: float) -> dict[str, Any]:
         "status": exchange.status,
         "tenant": exchange.tenant,
         "error": None if exchange.error is None else _code(exchange.error),
+        "param": None if exchange.error is None else _param(exchange.error),
         "e2e_ms": _ms(now - exchange.started),
     }
     if exchange.job is not None and exchange.flight is not None:
@@ -124,6 +125,13 @@ def _code(error: Exception) -> str:
     """A word for the error: its code, or its kind. Its text may quote the client."""
     code = error.code if isinstance(error, RequestError) else None
     return code or ("client_gone" if isinstance(error, ClientGone) else type(error).__name__)
+
+
+def _param(error: Exception) -> str | None:
+    """The field or header that was wrong. Below a field the names may be the client's; so are they in a broken body."""
+    if not isinstance(error, RequestError) or error.param is None or error.code == "invalid_json":
+        return None
+    return error.param.partition(".")[0]
 
 
 def kind_of(error: Exception) -> str:

@@ -22,9 +22,9 @@ from typing import cast
 
 import msgspec
 
-from ..runtime.errors import EngineDead, EngineError, QueueFull, RequestTimeout, RowFailed, ShoalError, Unavailable
+from ..runtime.errors import EngineDead, EngineError, QueueFull, RequestTimeout, ShoalError, Unavailable
 from ..runtime.generation import FinishReason, GenerationRequest, TokenEvent
-from .backend import Backend, ReplicaLeft, ReplicaLost
+from .backend import Backend, Poison, ReplicaLeft, ReplicaLost
 from .balance import Balancer
 from .config import RouterConfig
 from .meters import ResumeMeter
@@ -75,7 +75,7 @@ class Resume:
         on_attempt: told each replica that it is tried on; None where the transport chooses.
 
         Raises:
-            ReplicaLost, EngineDead: more replicas were lost than `resume_attempts`. RowFailed: the one it was tried on,
+            ReplicaLost, EngineDead: more replicas were lost than `resume_attempts`. Poison: the one it was tried on,
             alone of the suspects. RequestTimeout: the deadline passed while it had none. Unavailable: it found none.
             ShoalError: as the engine raised it. The log ends with each.
         """
@@ -238,7 +238,7 @@ class Resume:
             log.on_probation = True
             self._meter.suspects.inc()
         if verdict is Verdict.GUILTY:
-            raise self._given_up("guilty", RowFailed("two replicas were lost while they computed it")) from error
+            raise self._given_up("guilty", Poison("two replicas were lost while they computed it")) from error
         if log.num_losses > self._config.resume_attempts:
             raise self._given_up("attempts", error)
 

@@ -10,6 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..runtime.misfit import Misfit
+
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 STABLE = "stable"
@@ -63,13 +65,14 @@ class RolloutConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.weights and not any(self.weights.values()):
-            raise ValueError("all weights are 0: nobody would answer")
+            raise Misfit("all weights are 0: nobody would answer", "weights")
         return self
 
     def check_names(self, variants: Iterable[str]) -> None:
-        """`variants`: the names of all that stand beside stable. Raises ValueError: weights or shadow name another."""
+        """`variants`: all that stand beside stable, by name. Raises Misfit: weights or shadow name another."""
         known = {STABLE, *variants}
         for where, names in (("weights", self.weights), ("shadow", self.shadow)):
             for name in names:
                 if name not in known:
-                    raise ValueError(f"{where} names the variant {name!r}; there is {', '.join(sorted(known))}")
+                    sentence = f"{where} names the variant {name!r}; there is {', '.join(sorted(known))}"
+                    raise Misfit(sentence, where, name)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..runtime.errors import InvalidRequest
+from ..runtime.generation import MAX_LOGPROBS
 
 logger = logging.getLogger("shoal.router")
 
@@ -126,7 +127,7 @@ class TemplateBody(BaseModel):
 class ChatRequest(SamplingBody, TemplateBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 class CompletionRequest(SamplingBody):

@@ -85,6 +85,11 @@ class Choice:
             logprobs=None if event.logprobs is None else event.logprobs[had:used],
             prompt_logprobs=event.prompt_logprobs,
             finish_reason=self.finish_reason,
-            stop_reason=event.stop_reason if stop is None else stop,
+            stop_reason=self._asked_for(event.stop_reason) if stop is None else stop,
             skipped=event.tokens[:had],
         )
+
+    def _asked_for(self, stop_reason: int | str | None) -> int | str | None:
+        """As vLLM has it: none where the model's own end ended it."""
+        is_own = isinstance(stop_reason, int) and stop_reason not in self.request.params.stop_token_ids
+        return None if is_own else stop_reason

@@ -249,7 +249,7 @@ class Variants:
         if not model.is_ready:
             return "not ready"
         if model.is_asleep:
-            return "waking" if model.sleep.num_waiting else "asleep"
+            return "waking" if model.sleep.held else "asleep"
         return "serving" if self._weights.get(model.name) else "idle"
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+
+from .waiters import Waiters
 
 logger = logging.getLogger("shoal.router")
 
@@ -24,10 +27,10 @@ RETRY_S = 30.0  # what a client is told that no replica came for
 class Sleep:
     """Whether a part may sleep, and how it is woken. One a model; all belongs to one event loop."""
 
-    def __init__(self, wake: Wake | None = None) -> None:
+    def __init__(self, wake: Wake | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         """wake: None where the part always has a replica, or should."""
+        self.held = Waiters(clock=clock)  # those that wait for a replica
         self._wake = wake
-        self._num_waiting = 0
         self._waking: asyncio.Task[None] | None = None
 
     def allow(self, wake: Wake | None) -> None:
@@ -39,22 +42,16 @@ class Sleep:
         """Whether who finds no replica waits for one to be started."""
         return self._wake is not None
 
-    @property
-    def num_waiting(self) -> int:
-        """Those that wait for a replica."""
-        return self._num_waiting
-
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Meanwhile somebody waits for a replica."""
-        self._num_waiting += 1
         if self._waking is None:
             self._waking = asyncio.get_running_loop().create_task(self._make_demand())
         try:
-            yield
+            with self.held.one_more():
+                yield
         finally:
-            self._num_waiting -= 1
-            if not self._num_waiting:
+            if not self.held:
                 self._waking.cancel()
                 self._waking = None
 

@@ -26,6 +26,7 @@ from .runner import EagerRunner
 from .share import Share, deal
 from .speculation import NO_SPECULATION, Speculation
 from .upload import select_upload
+from .weight_plan import StoredIn, plan_weights
 
 NGRAM = "ngram"
 
@@ -59,7 +60,8 @@ def plan_draft(config: EngineConfig, spec: ModelSpec) -> DraftPlan | None:
     if name is None or name == NGRAM:
         return None
     path = resolve_model(name)
-    draft = remembered_spec(open_checkpoint(path).config)
+    checkpoint = open_checkpoint(path)
+    draft = remembered_spec(checkpoint.config)
     max_model_len = config.max_model_len or spec.max_len
     if draft.vocab_size != spec.vocab_size:
         raise ConfigError(
@@ -72,13 +74,15 @@ def plan_draft(config: EngineConfig, spec: ModelSpec) -> DraftPlan | None:
             f"--max-model-len: lower that, or use another model to guess"
         )
     dtype = DTYPES[draft.dtype if draft.dtype in DTYPES else config.dtype]
+    device = torch.device("cuda" if config.device == "cuda" and torch.cuda.is_available() else "cpu")
     (share,) = deal(draft, Grid())
+    weights = plan_weights(share, StoredIn(checkpoint, draft.names), device=device.type, dtype=dtype)
     return DraftPlan(
         path=path,
         share=share,
         dtype=dtype,
-        device=torch.device("cuda" if config.device == "cuda" and torch.cuda.is_available() else "cpu"),
-        fixed_bytes=share.num_weights() * dtype.itemsize + workspace_bytes(share, config, dtype),
+        device=device,
+        fixed_bytes=weights.total + workspace_bytes(share, config, dtype, has_codes=weights.has_codes),
         block_bytes=kv.bytes_per_block(share, block_size=config.block_size, dtype=dtype),
     )
 
@@ -114,6 +118,7 @@ def _load(config: EngineConfig, draft: DraftPlan, *, num_blocks: int) -> DraftMo
         EagerRunner(decoder, cache, upload=select_upload(ops.device)),
         table,
         ops,
+        vocab_size=draft.share.spec.vocab_size,
         block_size=config.block_size,
         num_threads=num_threads if ops.device.type == "cpu" else None,
     )

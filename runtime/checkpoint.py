@@ -19,12 +19,13 @@ class Form:
     """How a quantised matrix is stored.
 
     format: its name, for messages. group: columns that share a scale, between which cuts are best made; 1: anywhere.
-    kind: what `Checkpoint.codes` gives; None: there are no codes, only numbers.
+    kind: what `Checkpoint.codes` gives; None: there are no codes, only numbers. has_zeros: of 8 bits, with zeros.
     """
 
     format: str
     group: int
     kind: Kind | None
+    has_zeros: bool = False
 
 
 class Checkpoint(Protocol):

@@ -10,7 +10,7 @@ from ..parallel.grid import Grid
 class EngineConfig(BaseModel):
     """One replica's engine. Field names are the flags' (`--max-model-len`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(description="A folder, a hub id already in the local cache, or a .gguf file.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -75,6 +75,13 @@ class EngineConfig(BaseModel):
     @property
     def grid(self) -> Grid:
         return Grid(self.tensor_parallel_size, self.pipeline_parallel_size)
+
+    @field_validator("block_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value.bit_count() != 1:
+            raise ValueError("must be a power of two: 16, 32, 64, 128 or 256")
+        return value
 
     @field_validator("pp_layers", mode="before")
     @classmethod

@@ -22,6 +22,8 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_N = 128
 MAX_SEED = 2**63
+POISON = "this request made a rank of the engine fail"
+"""The error of a log under which ranks ended, and under it alone: it is tried nowhere else."""
 
 
 class FinishReason(StrEnum):
@@ -117,9 +119,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check_count("stop", self.stop, MAX_STOP_STRINGS)
         for text in self.stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
-                raise InvalidRequest(
-                    f"a stop string has 1 to {MAX_STOP_LENGTH} characters; got {text!r:.80}", param="stop"
-                )
+                got = f"one of {len(text)}" if isinstance(text, str) else f"{text!r:.80}"
+                raise InvalidRequest(f"a stop string has 1 to {MAX_STOP_LENGTH} characters; got {got}", param="stop")
         _check_count("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
         for token in self.stop_token_ids:
             _check_range("stop_token_ids", token, 0, 2**31 - 1)

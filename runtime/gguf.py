@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..parallel.blocks import group_of_blocks, kind_of_blocks, read_blocks, reads_blocks
+from ..parallel.blocks import group_of_blocks, has_zeros, kind_of_blocks, read_blocks, reads_blocks
 from ..parallel.codes import Codes, cut_columns
 from .checkpoint import Cut, Form
 from .errors import CheckpointError
@@ -76,7 +76,8 @@ class GGUFCheckpoint:
             return None
         if change not in _KEEPS_BLOCKS or not reads_blocks(entry.format):
             return Form(entry.format, entry.block_len, None)
-        return Form(entry.format, group_of_blocks(entry.format), kind_of_blocks(entry.format))
+        kind, zeros = kind_of_blocks(entry.format), has_zeros(entry.format)
+        return Form(entry.format, group_of_blocks(entry.format), kind, zeros)
 
     def codes(self, name: str, cut: Cut = ()) -> Codes | None:
         entry, change = self._find(name)

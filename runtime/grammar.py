@@ -139,10 +139,14 @@ class Vocabulary:
             InvalidRequest: llguidance refuses the grammar, or nothing can satisfy it.
         """
         matcher = llguidance.LLMatcher(self._tokens, source, log_level=0, limits=self._limits)
+        tried = matcher
         if not matcher.is_error():
-            matcher.compute_bitmask()  # builds what the first step needs, and finds what cannot begin
-        if matcher.is_error():
-            raise _refusal(f"the output's grammar is not usable: {_reason(matcher)}")
+            mask = matcher.compute_bitmask()  # builds what the first step needs, and finds what cannot begin
+            if not matcher.is_error():
+                tried = matcher.deep_copy()
+                tried.consume_token(_first(mask))  # what is too large may show only now
+        if tried.is_error():
+            raise _refusal(f"the output's grammar is not usable: {_reason(tried)}")
         return matcher
 
 
@@ -270,6 +274,12 @@ def _digest(source: str) -> bytes:
     return hashlib.sha256(source.encode()).digest()
 
 
+def _first(mask: bytes) -> int:
+    """The lowest token that it admits."""
+    bits = int.from_bytes(mask, "little")
+    return (bits & -bits).bit_length() - 1
+
+
 def _cut(bits: bytes, vocab_size: int) -> bytes:
     """Without the bits behind the model's vocabulary."""
     size = -(-vocab_size // 32) * 4
@@ -282,6 +292,6 @@ def _cut(bits: bytes, vocab_size: int) -> bytes:
 def _reason(matcher: llguidance.LLMatcher) -> str:
     """The first words of llguidance's message; its parser states stay inside."""
     message = matcher.get_error().partition("\n<")[0].strip()
-    if matcher.stop_reason().startswith("NoExtension") or not message:
+    if not message or matcher.stop_reason().startswith("NoExtension") or message.startswith("NoExtension"):
         return "nothing that could follow satisfies it"
     return f"{message:.300}"

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from .grammar import FREE, Constraint
 from .plan import StepPlan, StepResult
 
 
 class Ask(NamedTuple):
-    """One sequence whose next tokens are wanted; every token of it is known. Both lists are the scheduler's own."""
+    """One sequence whose next tokens are wanted; every token of it is known. Lists and constraint are the scheduler's
+    own."""
 
     slot: int
     tokens: list[int]
     blocks: list[int]  # with room for `most` more tokens
     most: int  # at least 1
+    mask: bytes | None = None  # of a constrained sequence: what may come next
+    constraint: Constraint = FREE
 
 
 class Proposer(Protocol):

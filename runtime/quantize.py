@@ -20,9 +20,9 @@ from .models.spec import ModelSpec
 from .perplexity import need_tokenizer
 from .progress import Progress
 from .quantize_files import new_folder, write_companions
-from .quantize_format import FORMATS, GROUPS, Format, select_format
+from .quantize_format import FORMATS, GROUPS, Format, select_finer, select_format
 from .quantize_layer import Original, QuantisedLayer, quantise_layer
-from .quantize_parts import layer_parts
+from .quantize_parts import Part, layer_parts
 from .quantize_search import Moments
 from .rank import DTYPES, open_checkpoint
 from .safetensors_writer import SafetensorsWriter, header_room
@@ -30,6 +30,7 @@ from .safetensors_writer import SafetensorsWriter, header_room
 MAX_CHUNKS = 128  # of a calibration text; the rest of a longer one is not read
 HEAD = "lm_head"
 SMALL = 1024  # columns: with fewer, coarse groups cost too much
+FINE_SHARE = 10  # of so many layers, the first has a finer MLP output; so has the last layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +51,24 @@ class Recipe:
 
 @dataclass(slots=True)
 class Report:
-    """What was made. unscaled: for how many layers a part's inputs were not scaled, by part and reason."""
+    """What was made.
+
+    bits: a weight takes in the matrices that were quantised, with its share of scales and zeros. finer: matrices of 8
+    bits in a 4-bit model. unscaled: for how many layers a part's inputs were not scaled, by part and reason.
+    """
 
     format: str
     layout: str
     group_size: int | None
     num_layers: int
     num_matrices: int = 0
+    bits: float = 0.0
     calibration_tokens: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: float = 0.0
     dense: list[str] = field(default_factory=list)
+    finer: list[str] = field(default_factory=list)
     unscaled: dict[str, int] = field(default_factory=dict)
 
 
@@ -106,7 +113,9 @@ class _Job:
         self._dense = frozenset(module for module in modules if _matches(recipe.ignore, module))
         self._quantised = [module for module in modules if module not in self._dense]
         self._format = self._select(recipe)
+        self._fine = select_finer(self._format, scale_dtype=self._dtype)
         _refuse_same(self._source.config, self._format)
+        self._stored_bytes = self._num_weights = 0
         self.report = Report(
             recipe.format,
             self._format.layout,
@@ -115,6 +124,7 @@ class _Job:
             num_matrices=len(self._quantised),
             bytes_before=_size(model),
             dense=sorted(self._dense),
+            finer=self._finer(),
         )
 
     def _prefix(self) -> str:
@@ -169,7 +179,7 @@ class _Job:
         with Progress("Quantising", total=self.spec.num_layers + 1, unit="parts") as progress:
             for index in range(self.spec.num_layers):
                 layer = self._layer(run, index)
-                for name, tensor in self._tensors(layer):
+                for name, tensor in self._tensors(layer, index):
                     writer.add(name, tensor)
                 left -= layer.replaced()
                 progress.advance()
@@ -177,6 +187,7 @@ class _Job:
                 writer.add(name, self._read(name))
             progress.advance()
         writer.close()
+        self.report.bits = 8 * self._stored_bytes / self._num_weights
         self.report.bytes_after = writer.num_bytes
         write_companions(self._model, folder, self._config())
 
@@ -190,19 +201,28 @@ class _Job:
         if not all(bool(moment.gram().isfinite().all()) for moment in moments.values()):
             raise CheckpointError(f"{self._model}: layer {index} gives numbers that are not finite")
         original = Original(parts, moments, matrix=self._source.tensor, vector=self._read, dense=self._dense)
-        layer = quantise_layer(original, self._format.grid, scaled=self._format.scaled)
+        grids = {part.role: self._format_of(part, index).grid for part in parts}
+        layer = quantise_layer(original, grids, scaled=self._format.scaled)
         for why in layer.unscaled:
             self.report.unscaled[why] = self.report.unscaled.get(why, 0) + 1
         if index + 1 < self.spec.num_layers:
             run.advance(AsDense(self._source, layer.dense()), index)
         return layer
 
-    def _tensors(self, layer: QuantisedLayer) -> list[tuple[str, Tensor]]:
+    def _format_of(self, part: Part, layer: int) -> Format:
+        """Errors of the first MLPs' outputs go through all layers; what the last one errs, none can even out."""
+        ends = layer < self.spec.num_layers // FINE_SHARE or layer == self.spec.num_layers - 1
+        return self._fine if ends and part.role == "down" else self._format
+
+    def _tensors(self, layer: QuantisedLayer, index: int) -> list[tuple[str, Tensor]]:
+        formats = {module: self._format_of(part, index) for part in self._parts[index] for module in part.modules}
         stored = [
             (f"{module}.{suffix}", tensor)
             for module, codes in layer.codes.items()
-            for suffix, tensor in self._format.store(codes).items()
+            for suffix, tensor in formats[module].store(codes).items()
         ]
+        self._stored_bytes += sum(tensor.nbytes for _, tensor in stored)
+        self._num_weights += sum(codes.codes_FD.numel() for codes in layer.codes.values())
         return [*stored, *layer.changed.items()]
 
     def _read(self, name: str) -> Tensor:
@@ -220,7 +240,21 @@ class _Job:
             if name.endswith(".weight") and len(self._source.shape(name)) == 2
         }
         others = {module for module in dense.difference(self._quantised) if not _ends_in(module, vocabulary)}
-        return config | {"quantization_config": self._format.config(sorted({self.spec.names.heads[0], *others}))}
+        groups = {"group_0": self._format.group(["Linear"])}
+        if self.report.finer:
+            groups["group_1"] = self._fine.group(self.report.finer)
+        ignore = sorted({self.spec.names.heads[0], *others})
+        return config | {"quantization_config": self._format.config(groups, ignore)}
+
+    def _finer(self) -> list[str]:
+        """Modules that have a format of their own."""
+        return [
+            module
+            for index, parts in enumerate(self._parts)
+            for part in parts
+            for module in part.modules
+            if self._format_of(part, index) is not self._format and module not in self._dense
+        ]
 
 
 def _ends_in(module: str, names: set[str | None]) -> bool:
@@ -250,8 +284,8 @@ def _refuse_same(config: dict[str, Any], format: Format) -> None:
     if not isinstance(found, dict) or found.get("quant_method") != "compressed-tensors":
         return
     groups = found.get("config_groups") or {}
-    bits = {group.get("weights", {}).get("num_bits") for group in groups.values() if isinstance(group, dict)}
-    if found.get("format") == format.layout and bits == {format.bits}:
+    bits = [group.get("weights", {}).get("num_bits") or 0 for group in groups.values() if isinstance(group, dict)]
+    if found.get("format") == format.layout and min(bits, default=0) == format.bits:
         raise ConfigError(f"--format {format.name}: the model is already quantised so ({format.layout})")
 
 

@@ -39,19 +39,22 @@ class Format:
     scaled: bool = False
     """Whether its steps are so wide that it pays to scale the inputs."""
 
-    def config(self, ignore: list[str]) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
-        group = {
-            "targets": ["Linear"],
+    def group(self, targets: list[str]) -> dict[str, Any]:
+        """What the config says of some modules, by name or class."""
+        return {
+            "targets": targets,
             "weights": self.weights,
             "input_activations": self.activations,
             "output_activations": None,
         }
+
+    def config(self, groups: dict[str, dict[str, Any]], ignore: list[str]) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
         return {
             "quant_method": "compressed-tensors",
             "format": self.layout,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
+            "config_groups": groups,
             "ignore": ignore,
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
@@ -78,6 +81,11 @@ def select_format(name: str, *, group: int, symmetric: bool, scale_dtype: torch.
             return Format(name, "float-quantized", Float8Grid(scale_dtype), 8, _plain, weights, activations)
         case other:
             raise AssertionError(f"format {other!r} is in no table")
+
+
+def select_finer(format: Format, *, scale_dtype: torch.dtype) -> Format:
+    """The format of matrices that would lose too much in this one: 8 bits for 4, else the same."""
+    return select_format("int8", group=0, symmetric=True, scale_dtype=scale_dtype) if format.bits < 8 else format
 
 
 def _arguments(kind: str, bits: int, *, strategy: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .quantize_parts import Part, Source
-from .quantize_search import Grid, Moments, Rounded, refine, round_compensated, search_scale
+from .quantize_search import Grid, Moments, Rounded, polish, round_compensated, search_scale
 
 Read = Callable[[str], Tensor]
 """A tensor of the original by name."""
@@ -46,13 +46,13 @@ class Original:
     dense: frozenset[str] = frozenset()
 
 
-def quantise_layer(original: Original, grid: Grid, *, scaled: bool) -> QuantisedLayer:
-    """scaled: look for factors for the inputs, too."""
+def quantise_layer(original: Original, grids: Mapping[str, Grid], *, scaled: bool) -> QuantisedLayer:
+    """grids: of the parts, by role. scaled: look for factors for the inputs, too."""
     work = _Layer(original)
     if scaled:
-        work.scale_inputs(grid)
+        work.scale_inputs(grids)
     for part in original.parts:
-        work.round(part, grid)
+        work.round(part, grids[part.role])
     return work.done
 
 
@@ -70,10 +70,12 @@ class _Layer:
             if module not in original.dense
         }
 
-    def scale_inputs(self, grid: Grid) -> None:
+    def scale_inputs(self, grids: Mapping[str, Grid]) -> None:
         # All are searched before one is applied: factors of rows would move the errors of those rows.
         found = [
-            (part, part.source, self._factors(part, grid)) for part in self._original.parts if self._may_scale(part)
+            (part, part.source, self._factors(part, grids[part.role]))
+            for part in self._original.parts
+            if self._may_scale(part)
         ]
         for part, source, scale_D in found:
             assert source is not None, "checked by _may_scale"
@@ -133,7 +135,7 @@ class _Layer:
         if not modules:
             return
         weight_FD, gram_DD = torch.cat([self._weights[module] for module in modules]), self._grams[part.role]
-        whole = refine(weight_FD, round_compensated(weight_FD, gram_DD, grid), gram_DD, grid)
+        whole = polish(weight_FD, round_compensated(weight_FD, gram_DD, grid), gram_DD, grid)
         sizes = [len(self._weights[module]) for module in modules]
         zeros = (None,) * len(sizes) if whole.zero_FG is None else whole.zero_FG.split_with_sizes(sizes)
         for module, codes, scale, zero in zip(

@@ -17,8 +17,9 @@ LIMITS = tuple(1.05 - step / 40 for step in range(18))  # shares of a group's ra
 FEW_LIMITS = (1.0, 0.9, 0.8, 0.7)  # enough to compare exponents by
 SAMPLED_ROWS = 512  # outputs on which exponents are tried
 BLOCK = 128  # columns whose errors are passed on together, where groups do not say
-SWEEPS = 2  # over all columns, to refine their codes
-SHRINKAGE = 0.25  # how little a short text is believed about which inputs go together
+ROUNDS = 2  # of fitting scales to codes, and codes to scales
+FITTED_ROWS = 1024  # whose scales are fitted together: each takes G^2 numbers
+SHRINKAGE = 0.1  # how little a text is believed about which inputs go together
 DAMPING = 1e-3  # of G's mean diagonal, added to it: inputs that the text never moved stay solvable
 FP8_MAX = 448.0  # of e4m3
 
@@ -32,6 +33,11 @@ class Rounded(NamedTuple):
     codes_FD: Tensor
     scale_FG: Tensor
     zero_FG: Tensor | None = None
+
+    def rows(self, which: slice) -> "Rounded":
+        return Rounded(
+            self.codes_FD[which], self.scale_FG[which], None if self.zero_FG is None else self.zero_FG[which]
+        )
 
     def dense(self) -> Tensor:
         """float32 [F, D]."""
@@ -254,15 +260,56 @@ def _round_block(
     return _joined(codes_gF), errors_gF.T
 
 
+def polish(weight_FD: Tensor, codes: Rounded, gram_DD: Tensor, grid: Grid) -> Rounded:
+    """Rounded that err less on the layer's outputs: codes and scales in turn, each the best for the others.
+
+    The zeros stay. As in COMQ (arXiv:2403.07134).
+    """
+    codes = refine(weight_FD, codes, gram_DD, grid)
+    for _ in range(ROUNDS):
+        codes = refine(weight_FD, fit_scales(weight_FD, codes, gram_DD), gram_DD, grid)
+    return codes
+
+
+def fit_scales(weight_FD: Tensor, codes: Rounded, gram_DD: Tensor) -> Rounded:
+    """The same codes under the scales that err least, row by row: least squares in G unknowns. Rows that would not
+    gain, or would get a scale below 0, keep theirs.
+    """
+    pull_FD = (weight_FD - codes.dense()) @ gram_DD
+    blocks = [slice(start, start + FITTED_ROWS) for start in range(0, len(pull_FD), FITTED_ROWS)]
+    scales = [_fitted(pull_FD[rows], codes.rows(rows), gram_DD) for rows in blocks]
+    return codes._replace(scale_FG=torch.cat(scales))
+
+
+def _fitted(pull_FD: Tensor, codes: Rounded, gram_DD: Tensor) -> Tensor:
+    """Scales [F, G], as they are stored. pull_FD: (what is missing of the weight) @ G."""
+    scale_FG = codes.scale_FG
+    units_FGg = codes._replace(scale_FG=torch.ones_like(scale_FG)).dense().view(*scale_FG.shape, -1)
+    want_FG = (pull_FD.view_as(units_FGg) * units_FGg).sum(-1)
+    gram_GgD = gram_DD.view(*units_FGg.shape[1:], -1)
+    by_group = zip(units_FGg.unbind(1), gram_GgD, strict=True)
+    products = ((unit_Fg @ rows_gD).view_as(units_FGg) for unit_Fg, rows_gD in by_group)
+    normal_FGG = torch.stack([(product_FGg * units_FGg).sum(-1) for product_FGg in products], 1)
+    damped_FGG = normal_FGG.clone()
+    diagonal_FG = damped_FGG.diagonal(dim1=1, dim2=2)
+    diagonal_FG += DAMPING * diagonal_FG.mean(1, keepdim=True).clamp(min=1e-20)
+    step_FG = torch.linalg.solve(damped_FGG, want_FG)
+    new_FG = (scale_FG + step_FG).to(scale_FG.dtype)
+    step_FG = new_FG.float() - scale_FG.float()  # what rounding leaves of it
+    change_F = ((normal_FGG @ step_FG[..., None])[..., 0] * step_FG - 2 * want_FG * step_FG).sum(-1)
+    return torch.where(((change_F < 0) & (new_FG > 0).all(1))[:, None], new_FG, scale_FG)
+
+
 def refine(weight_FD: Tensor, codes: Rounded, gram_DD: Tensor, grid: Grid) -> Rounded:
-    """Rounded that err less on the layer's outputs under the same scales: each column in turn takes its best, given all
-    the others. Coordinate descent, as in QuantEase (arXiv:2309.01885).
+    """Rounded that err less under the same scales: each column in turn takes its best, given all the others.
+
+    Coordinate descent, as in QuantEase (arXiv:2309.01885).
     """
     new_FD = codes.codes_FD.clone()
     pull_FD = (codes.dense() - weight_FD) @ gram_DD  # half the gradient
     width = weight_FD.shape[1] // codes.scale_FG.shape[1]
     step = grid.group or BLOCK
-    for start in [*range(0, weight_FD.shape[1], step)] * SWEEPS:
+    for start in range(0, weight_FD.shape[1], step):
         part = slice(start, min(start + step, weight_FD.shape[1]))
         group = slice(start // width, start // width + 1)
         scale_F1, zero_F1 = codes.scale_FG[:, group], None if codes.zero_FG is None else codes.zero_FG[:, group]

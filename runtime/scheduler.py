@@ -20,7 +20,7 @@ from itertools import count
 
 from .blocks import BlockNames, BlockPool, tenant_salt
 from .errors import InvalidRequest, QueueFull
-from .generation import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from .generation import POISON, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from .grammar import FREE, Constraint
 from .outline import Flight, Outline
 from .plan import StepPlan, StepResult, drawn_by
@@ -398,7 +398,7 @@ class Scheduler:
         self.counters.quarantined += len(verdict.suspects)
         self.counters.poisoned += len(verdict.guilty)
         for seq in verdict.guilty:
-            self._end(seq, Ending(FinishReason.ERROR, error="this request made a rank of the engine fail"))
+            self._end(seq, Ending(FinishReason.ERROR, error=POISON))
         self._flights.clear()
         for seq in list(self._running):
             self._put_back(seq)

@@ -47,7 +47,7 @@ class Speculation:
             if most > 0:
                 budget -= most
                 indexes.append(index)
-                asks.append(Ask(seq.slot, seq.tokens, seq.blocks, most))
+                asks.append(Ask(seq.slot, seq.tokens, seq.blocks, most, seq.mask, seq.constraint))
         for index, drafts in zip(indexes, self._proposer.propose(asks) if asks else (), strict=True):
             drafts, masks = _allowed(outline.single_rows[index][0], drafts)
             if drafts:

@@ -127,10 +127,10 @@ class _Planner:
 
     def _bytes(self, num_weights: int, columns: int, form: Form | None) -> int:
         """Of a matrix with so many columns."""
-        if form is None or form.kind is None or form.kind not in self._kinds:
+        if form is None or form.kind not in self._kinds or (form.has_zeros and self._device != "cpu"):
             return num_weights * self._dtype.itemsize
         self._has_codes = True
-        return int(num_weights * _bits(form.kind, form.group, columns, self._device) / 8)
+        return int(num_weights * _bits(form, columns, self._device) / 8)
 
     def _ends(self) -> tuple[int, int]:
         """Embedding, and head: 0 where the embedding's memory serves for both."""
@@ -161,17 +161,18 @@ class _Planner:
         form = stored.form(embedding if tied else head)
         table = stored.form(embedding)
         table_bytes = dense if table is None or table.kind is None else self._bytes(num, spec.hidden_size, table)
-        if form is not None and form.kind in self._kinds:
+        if form is not None and form.kind in self._kinds and not form.has_zeros:
             return tied and form.kind is Kind.INT8, self._bytes(num, spec.hidden_size, form), table_bytes
         halved = HalfLinear.is_available()  # a copy of its own, in 16 bits; else one in float32
         return tied and not halved, num * (2 if halved else 4), num * 4 if tied and not halved else table_bytes
 
 
-def _bits(kind: Kind, group: int, columns: int, device: str) -> float:
-    """Of a weight that stays a code, its part of the scales included. group: columns that share one; 1: all do."""
-    if kind is Kind.INT4:
-        return 4 + _SCALE_BITS / (_CPU_GROUP if device == "cpu" else min(group, columns))
-    return 8 + _SCALE_BITS / (columns if group == 1 else min(group, columns))
+def _bits(form: Form, columns: int, device: str) -> float:
+    """Of a weight that stays a code, its part of what a group shares included: of all columns where that is 1."""
+    group = columns if form.group == 1 else min(form.group, columns)
+    if form.kind is Kind.INT4:
+        return 4 + _SCALE_BITS / (_CPU_GROUP if device == "cpu" else group)
+    return 8 + (2 if form.has_zeros else 1) * _SCALE_BITS / group
 
 
 def _small_bytes(share: Share, index: int, mlp_columns: int, dtype: torch.dtype) -> int:

@@ -18,12 +18,12 @@ TEMPLATE = (
 )
 
 
-def tiny_model(folder: Path, *, max_len: int = 8192) -> Path:
-    """The folder, with a random llama in it that speaks the byte tokenizer's tokens."""
+def tiny_model(folder: Path, *, max_len: int = 8192, seed: int = 3) -> Path:
+    """The folder, with a random llama in it that speaks the byte tokenizer's tokens. seed: of its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "llama",
         vocab_size=272,

@@ -18,7 +18,7 @@ struct MlpLayer {  // mirrored in kernels/native_layer.py
 
 struct AttendLayer {  // mirrored in kernels/native_layer.py
     const float* norm;
-    Weight qkv, out;
+    Weight qkv[3], out;  // qkv: one under the other, the last ones of no outputs where they are stored alike
     const float *q_norm, *k_norm;  // [dim], of each head; null: none
     const float* angles;           // [positions, rotated]: cosines, then sines; null: no rotation
     long rotated;
@@ -82,6 +82,15 @@ void mlp_half(bf16* delta, float* residual, const MlpLayer& layer, long count) {
     });
 }
 
+// A tile of weights that lie one under the other; y is the first one's first column.
+void multiply_stacked(const Weight (&parts)[3], long tile, const Input& x, long count, bf16* y, long y_stride) {
+    for (const Weight& part : parts) {
+        if (tile < part.tiles()) return multiply(part, tile, x.rows(count, y + tile * kTileRows, y_stride));
+        tile -= part.tiles();
+        y += part.outputs;
+    }
+}
+
 // One head of queries or keys, normalised and rotated as the layer asks, into `out`.
 void turn(bf16* out, const bf16* head, const AttendLayer& layer, const float* norm, long position, long dim) {
     if (norm)
@@ -129,15 +138,15 @@ void attend_half(bf16* delta, float* residual, bf16* k_cache, bf16* v_cache, con
     static thread_local std::vector<bf16> entered, projected, attended;
     static thread_local std::vector<float> entered_sums, attended_sums;
     const long count = shape.seqs;
-    const Input x(entered, entered_sums, count, layer.qkv.inputs);
+    const Input x(entered, entered_sums, count, layer.qkv[0].inputs);
     const Input heads(attended, attended_sums, count, layer.out.inputs);
-    bf16* qkv = grown(projected, count * layer.qkv.outputs);
+    long outputs = 0, tiles = 0;
+    for (const Weight& part : layer.qkv) outputs += part.outputs, tiles += part.tiles();
+    bf16* qkv = grown(projected, count * outputs);
     const Attend attend{layer, rows, shape, k_cache, v_cache, qkv};
     Team::run([&](Team::Member& team) {
         team.each(count, [&](long row) { enter(x, delta, residual, layer.norm, layer.eps, row); });
-        team.each(layer.qkv.tiles(), [&](long tile) {
-            multiply(layer.qkv, tile, x.rows(count, qkv + tile * kTileRows, layer.qkv.outputs));
-        });
+        team.each(tiles, [&](long tile) { multiply_stacked(layer.qkv, tile, x, count, qkv, outputs); });
         team.each(attend.decode.tasks(), [&](long task) { attend.part(task); });
         team.each(count, [&](long row) {
             for (long head = 0; head < shape.heads; head++) attend.decode.merge(row, head, heads.row(row) + head * shape.dim);

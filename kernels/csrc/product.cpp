@@ -28,7 +28,7 @@ extern "C" void shoal_product(shoal::bf16* y, const shoal::bf16* x, const shoal:
     static thread_local std::vector<float> scratch;
     const long steps = weight->inputs / kStep;
     float* sums = nullptr;
-    if (weight->bits == 4) {
+    if (weight->minima) {
         scratch.resize(count * steps);
         sums = scratch.data();
         const long chunk = count * weight->inputs > kAlone ? kChunk : std::max(count, 1L);

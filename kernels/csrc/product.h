@@ -9,12 +9,13 @@
 namespace shoal {
 
 constexpr int kPanel = 16, kTile = 2, kTileRows = kPanel * kTile;  // panels: rows of W that share a vector
-constexpr int kStep = 32, kPairs = kStep / 2;                      // columns that are unpacked together
+constexpr int kStep = 32;                                           // columns that are summed up together
 
 struct Weight {  // mirrored in kernels/native.py
     const uint8_t* data;
     long bits, inputs, outputs;
-    long group;  // columns that share a scale
+    long group;   // columns that share a scale
+    long minima;  // whether they share a minimum, too: where there are 4 bits, they always do
 
     long tiles() const { return (outputs + kTileRows - 1) / kTileRows; }
     long groups() const { return inputs / group; }
@@ -23,7 +24,7 @@ struct Weight {  // mirrored in kernels/native.py
 struct Rows {
     const bf16* x;
     long count, stride;
-    const float* sums;  // [count, inputs / 32] of x over 32 columns each: where W has 4 bits
+    const float* sums;  // [count, inputs / 32] of x over 32 columns each: where W has minima
     bf16* y;            // the tile's columns
     long y_stride;
 };

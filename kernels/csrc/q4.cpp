@@ -10,6 +10,7 @@ namespace shoal {
 namespace {
 
 struct Q4 {
+    static constexpr int kColumns = kStep;  // that are unpacked together
     static constexpr int kMinimaAt = 32, kNibblesAt = 64, kBlockBytes = 320;
 
     static const uint8_t* at(const Weight& weight, long tile, long group) {
@@ -36,14 +37,14 @@ struct Q4 {
 
     template <int R>
     SHOAL_INLINE static void join(__m512 (&totals)[R][kTile], const __m512 (&sums)[R][kTile], const uint8_t* block,
-                                  const float* x_sums, long group, long groups) {
+                                  const float* x_sums, long, long row_steps) {
 #pragma GCC unroll 2
         for (int panel = 0; panel < kTile; panel++) {
             const __m512 scale = load((const fp16*)(block + panel * kBlockBytes));
             const __m512 minimum = load((const fp16*)(block + panel * kBlockBytes + kMinimaAt));
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                const __m512 sum = _mm512_set1_ps(x_sums[r * groups + group]);
+                const __m512 sum = _mm512_set1_ps(x_sums[r * row_steps]);
                 totals[r][panel] = _mm512_fmadd_ps(scale, sums[r][panel], _mm512_fmadd_ps(minimum, sum, totals[r][panel]));
             }
         }

@@ -1,7 +1,8 @@
-// 8-bit weights, w = scale * q with a float32 number for each group of a row's columns, or for all of them.
+// 8-bit weights, w = scale * q + minimum with float32 numbers for each group of a row's columns, or for all of them. Many
+// have no minima: then they take no room.
 //
-// A tile is 2 panels of 16 rows of W, its groups lie one after the other: 2 x 16 scales, then 64 bytes for each two
-// columns, 32 a panel: byte 2 j + b is row j's, of column 2 p + b.
+// A tile is 2 panels of 16 rows of W, its groups lie one after the other: 2 x 16 scales, as many minima, then 64 bytes for
+// each two columns, 32 a panel: byte 2 j + b is row j's, of column 2 p + b. Groups are whole runs of `kColumns` columns.
 //
 // Logits lie near each other and far from zero, so a head's product is float32 throughout, and weights are scaled first:
 // exactly, where the scale was a float16. A lane adds up every other column of its row.
@@ -10,37 +11,49 @@
 namespace shoal {
 namespace {
 
+constexpr int kScaleBytes = kTileRows * sizeof(float), kPairBytes = 2 * kTileRows;
+
+// 16 integers in float32: of 8 rows, two columns each.
+inline __m512 numbers(const uint8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+
+template <int kRun, bool kMinima>
 struct Q8 {
-    static constexpr int kScaleBytes = kTileRows * sizeof(float), kPairBytes = 2 * kTileRows, kStepBytes = kPairs * kPairBytes;
+    static constexpr int kColumns = kRun;  // that are unpacked together
+    static constexpr int kHeadBytes = (kMinima ? 2 : 1) * kScaleBytes, kRunBytes = kColumns / 2 * kPairBytes;
 
     static const uint8_t* at(const Weight& weight, long tile, long group) {
-        return weight.data + (tile * weight.groups() + group) * (kScaleBytes + weight.group * kTileRows);
-    }
-    static const uint8_t* at_step(const uint8_t* group, long step) { return group + kScaleBytes + step * kStepBytes; }
-
-    // 16 integers in float32: of 8 rows, two columns each.
-    static __m512 numbers(const uint8_t* from) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+        return weight.data + (tile * weight.groups() + group) * (kHeadBytes + weight.group * kTileRows);
     }
     static __m512bh operand(const uint8_t* from) { return _mm512_cvtne2ps_pbh(numbers(from + 16), numbers(from)); }
 
     template <class Take>
     SHOAL_INLINE static void each_pair(const uint8_t* group, long step, const Take& take) {
-        const uint8_t* data = at_step(group, step);
-        fetch_ahead<kStepBytes>(data);
+        const uint8_t* data = group + kHeadBytes + step * kRunBytes;
+        fetch_ahead<kRunBytes>(data);
 #pragma GCC unroll 4
-        for (int pair = 0; pair < kPairs; pair++, data += kPairBytes)
+        for (int pair = 0; pair < kColumns / 2; pair++, data += kPairBytes)
             take(pair, operand(data), operand(data + kPairBytes / 2));
     }
 
     template <int R>
     SHOAL_INLINE static void join(__m512 (&totals)[R][kTile], const __m512 (&sums)[R][kTile], const uint8_t* group,
-                                  const float*, long, long) {
+                                  const float* x_sums, long steps, long row_steps) {
+        float x_sum[R] = {};
+        if constexpr (kMinima)
+            for (int r = 0; r < R; r++)
+                for (long step = 0; step < steps; step++) x_sum[r] += x_sums[r * row_steps + step];
 #pragma GCC unroll 2
         for (int panel = 0; panel < kTile; panel++) {
             const __m512 scale = load((const float*)group + panel * kPanel);
+            const __m512 minimum = kMinima ? load((const float*)(group + kScaleBytes) + panel * kPanel) : scale;
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) totals[r][panel] = _mm512_fmadd_ps(scale, sums[r][panel], totals[r][panel]);
+            for (int r = 0; r < R; r++) {
+                totals[r][panel] = _mm512_fmadd_ps(scale, sums[r][panel], totals[r][panel]);
+                if constexpr (kMinima)
+                    totals[r][panel] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x_sum[r]), totals[r][panel]);
+            }
         }
     }
 };
@@ -61,13 +74,13 @@ inline void spread_scales(const uint8_t* group, __m512 (&scales)[kQuarters]) {
 template <class Take>
 SHOAL_INLINE inline void each_weights(const Weight& weight, long tile, const Take& take) {
     for (long group = 0; group < weight.groups(); group++) {
-        const uint8_t* data = Q8::at(weight, tile, group);
+        const uint8_t* data = Q8<kStep, false>::at(weight, tile, group);
         __m512 scales[kQuarters], weights[kQuarters];
         spread_scales(data, scales);
-        data += Q8::kScaleBytes;
-        for (long column = 0; column < weight.group; column += 2, data += Q8::kPairBytes) {
-            _mm_prefetch((const char*)data + 4 * Q8::kStepBytes, _MM_HINT_T0);
-            for (int q = 0; q < kQuarters; q++) weights[q] = _mm512_mul_ps(Q8::numbers(data + 16 * q), scales[q]);
+        data += kScaleBytes;
+        for (long column = 0; column < weight.group; column += 2, data += kPairBytes) {
+            _mm_prefetch((const char*)data + 4 * Q8<kStep, false>::kRunBytes, _MM_HINT_T0);
+            for (int q = 0; q < kQuarters; q++) weights[q] = _mm512_mul_ps(numbers(data + 16 * q), scales[q]);
             take(group * weight.group + column, weights);
         }
     }
@@ -122,7 +135,14 @@ void logits_tile(const Weight& weight, long tile, const LogitRows& rows) {
 
 }  // namespace
 
-void multiply_q8(const Weight& weight, long tile, const Rows& rows) { multiply_tile<Q8>(weight, tile, rows); }
+void multiply_q8(const Weight& weight, long tile, const Rows& rows) {
+    if (weight.minima)
+        multiply_tile<Q8<kStep, true>>(weight, tile, rows);
+    else if (weight.group % kStep)
+        multiply_tile<Q8<kStep / 2, false>>(weight, tile, rows);
+    else
+        multiply_tile<Q8<kStep, false>>(weight, tile, rows);
+}
 
 }  // namespace shoal
 

@@ -40,7 +40,7 @@ inline __mmask16 stored(const Weight& weight, long tile, int panel) {
 // reading them unpacked from the second one would cost more.
 template <class Format, int R>
 void product(const Weight& weight, long tile, const Rows& rows) {
-    const long groups = weight.groups(), steps = weight.group / kStep;
+    const long groups = weight.groups(), steps = weight.group / Format::kColumns, row_steps = weight.inputs / kStep;
     __m512 totals[R][kTile];
     for (auto& row : totals) row[0] = row[1] = _mm512_setzero_ps();
     const bf16* x = rows.x;
@@ -48,11 +48,11 @@ void product(const Weight& weight, long tile, const Rows& rows) {
         const uint8_t* data = Format::at(weight, tile, group);
         __m512 sums[R][kTile];
         for (auto& row : sums) row[0] = row[1] = _mm512_setzero_ps();
-        for (long step = 0; step < steps; step++, x += kStep)
+        for (long step = 0; step < steps; step++, x += Format::kColumns)
             Format::each_pair(data, step, [&](int pair, __m512bh first, __m512bh second) SHOAL_INLINE {
                 add<R>(sums, first, second, x + 2 * pair, rows.stride);
             });
-        Format::join(totals, sums, data, rows.sums, group, groups);
+        Format::join(totals, sums, data, rows.sums + group * steps, steps, row_steps);
     }
     for (int panel = 0; panel < kTile; panel++) {
         const __mmask16 mask = stored(weight, tile, panel);

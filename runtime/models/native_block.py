@@ -14,6 +14,7 @@ from ...kernels.cpu import is_plain
 from ...kernels.cpu_native import NativeCpuOps
 from ...kernels.native import DecodeShape, Native, decode_shape
 from ...kernels.native_layer import (
+    MOST_PARTS,
     DecodeRows,
     NativeAttend,
     NativeMlp,
@@ -25,7 +26,7 @@ from ...kernels.native_layer import (
 from ...kernels.ops import Activation, AttentionSpec, HeadSpec, KVLayer, Ops
 from ...parallel.comm import Comm
 from ...parallel.native import NativeInt4Linear, NativeInt8Linear
-from ...parallel.quant import LinearMethod
+from ...parallel.quant import LinearMethod, StackedLinear
 from .decoder import Block, Step
 from .spec import LayerSpec
 
@@ -65,14 +66,14 @@ def select_fuse(ops: Ops, comm: Comm, *, dtype: torch.dtype) -> Fuse:
 
 
 def _fuse(native: Native, comm: Comm, steps: "DecodeSteps", block: Block, parts: LayerParts) -> Block:
-    packed = [_packed(weights) for weights in parts.weights]
+    qkv = _packed_parts(parts.weights.qkv)
+    packed = [_packed(weights) for weights in parts.weights[1:]]
     match parts.norms, packed:
         case [NormWeight() as first, NormWeight() as second], [
-            PackedWeight() as qkv,
             PackedWeight() as out,
             PackedWeight() as up,
             PackedWeight() as down,
-        ]:
+        ] if qkv:
             pass
         case _:
             return block
@@ -89,6 +90,14 @@ def _fuse(native: Native, comm: Comm, steps: "DecodeSteps", block: Block, parts:
         steps=steps,
         heads=parts.heads.num_query,
     )
+
+
+def _packed_parts(weights: Weights) -> list[PackedWeight]:
+    """One weight, or those of a fused layer that are stored differently; none where there is no kernel for one."""
+    method, bias = weights
+    methods = method.parts if isinstance(method, StackedLinear) else (method,)
+    packed = [part for each in methods if (part := _packed((each, bias))) is not None]
+    return packed if len(packed) == len(methods) <= MOST_PARTS else []
 
 
 def _packed(weights: Weights) -> PackedWeight | None:

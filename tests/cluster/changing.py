@@ -1,9 +1,10 @@
-"""Run by test_change_without_loss.py in a process of its own: a Ray cluster of three nodes and our applications on it.
+"""Run by changes.py in a process of its own: a Ray cluster and our applications on it.
 
-The ingresses lie on the head, replicas on the others. Prints a line once `/ready` is 200, then obeys its standard
-input until that ends: "deploy JSON" applies a config with these changes of its sections, "drain NODE SECONDS" puts down
-the notice of a node, "drain-node NODE" is the command of that name; it answers each with a line. "replicas" and
-"ingresses" answer with what Ray has of them, each one's node by its process. Arguments: model, port, folder.
+The ingresses lie on the head; replicas do, too, or where there are further nodes, on those. Prints a line once `/ready`
+is 200, then obeys its standard input until that ends: "tell JSON" applies a config with these changes of its sections,
+"deploy JSON" does and waits until all runs, "drain NODE SECONDS" puts down the notice of a node, "drain-node NODE" is
+the command of that name; it answers each with a line. "replicas" and "ingresses" answer with what Ray has of them, each
+one's node by its process. Arguments: folder, with a config in it, and how many further nodes.
 """
 
 import json
@@ -21,49 +22,40 @@ from typing import Any
 from shoal.cluster.config import load_config
 from shoal.cluster.ray_env import ray_environment
 
+CONFIG = "config.json"
 CHANGES_UNTIL_S = 120.0
 
 
 class Deployment:
     """What is applied: a config and its changes so far."""
 
-    def __init__(self, model: str, port: int, folder: Path) -> None:
-        self._port = port
-        secret = folder / "secret"
-        secret.write_text("s" * 64)
-        secret.chmod(0o600)
-        self._values: dict[tuple[str, str], Any] = {
-            ("router", "secret_file"): str(secret),
-            ("server", "redis_url"): "none",
-            ("server", "port"): port,
-            ("server", "replicas"): 2,
-            ("server", "ingresses"): 2,
-            ("server", "drain_timeout_s"): 0.4,
-            ("server", "ingress_drain_timeout_s"): 120.0,
-            ("server", "notice"): f"file:{folder}/{{node}}",
-            ("server", "node_labels"): {"shoal": "replica"},
-            ("server", "ingress_node_labels"): {"shoal": "ingress"},
-            ("engine", "model"): model,
-            ("engine", "dtype"): "float32",
-            ("engine", "device"): "cpu",
-            ("engine", "deterministic"): True,
-            ("engine", "num_threads"): 1,
-            ("engine", "kv_cache_memory_gb"): 0.05,
-            ("engine", "max_num_seqs"): 16,
-        }
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._tree: dict[str, Any] = json.loads(file.read_text())
 
-    def apply(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
-        from ray import serve
+    @property
+    def port(self) -> int:
+        return int(self._tree["server"]["port"])
+
+    def tell(self, changes: Mapping[str, Any]) -> None:
+        """Of each section what changes; a rollout is told whole."""
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
         from shoal.cluster.serve_config import serve_config
 
-        for section, fields in changes.items():
-            self._values |= {(section, name): value for name, value in fields.items()}
-        config = serve_config(load_config(self._values))
+        for section, value in changes.items():
+            self._tree[section] = value if section == "rollout" else {**self._tree.get(section, {}), **value}
+        self._file.write_text(json.dumps(self._tree))
+        config = serve_config(load_config({}, file=self._file))
         client: Any = _get_global_client()
         client.deploy_apps(ServeDeploySchema.model_validate(config))
+
+    def apply(self, changes: Mapping[str, Any]) -> None:
+        """Returns when all runs."""
+        from ray import serve
+
+        self.tell(changes)
         deadline = time.monotonic() + CHANGES_UNTIL_S
         time.sleep(1.0)
         while {app.status for app in serve.status().applications.values()} != {"RUNNING"}:
@@ -87,7 +79,7 @@ def actors(kind: str) -> dict[int, str]:
     return {actor["Pid"]: actor["Address"]["NodeID"] for actor in found if actor["ActorClassName"].endswith(kind)}
 
 
-def main(model: str, port: int, folder: Path) -> None:
+def main(folder: Path, num_nodes: int) -> None:
     run_dir = tempfile.mkdtemp(prefix="shoal-")  # a short name: HAProxy has sockets there
     os.environ.update(ray_environment(Path(run_dir), haproxy=True))
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # `ray.init` would make one, a Cluster does not
@@ -97,21 +89,24 @@ def main(model: str, port: int, folder: Path) -> None:
 
     from shoal.cluster.serve import status_of
 
+    deployment = Deployment(folder / CONFIG)
     head = {"num_cpus": 2, "include_dashboard": False, "labels": {"shoal": "ingress"}}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
+    for _ in range(num_nodes):
         cluster.add_node(num_cpus=1, labels={"shoal": "replica"})
     ray.init(address=cluster.address, log_to_driver=False)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
-        deployment = Deployment(model, port, folder)
+        serve.start(http_options={"host": "127.0.0.1", "port": deployment.port}, proxy_location="HeadOnly")
         deployment.apply({})
-        while status_of("127.0.0.1", port, "/ready") != 200:
+        while status_of("127.0.0.1", deployment.port, "/ready") != 200:
             time.sleep(0.1)
         answer("ready")
         for line in sys.stdin:
             command, *rest = line.split(maxsplit=1)
-            if command == "deploy":
+            if command == "tell":
+                deployment.tell(json.loads(rest[0]))
+                answer("done")
+            elif command == "deploy":
                 deployment.apply(json.loads(rest[0]))
                 answer("done")
             elif command == "drain":
@@ -135,4 +130,4 @@ def answer(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

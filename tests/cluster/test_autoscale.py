@@ -10,10 +10,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from shoal.cluster import scaling as policy
 from shoal.cluster.autoscale_config import AutoscalingConfig
-from shoal.cluster.scaling import FIRST_LOAD, LOWEST_LOAD, SETTLE_S, SHARE, Decision, Scaling, View
+from shoal.cluster.scaling import FIRST_LOAD, HIGHEST_LOAD, KEEP, LOWEST_LOAD, SETTLE_S, SHARE, Decision, Scaling, View
 from shoal.router.load_report import LoadReport
 
 from .plant import COST_S, FULL, Plant, Worker
@@ -57,8 +58,9 @@ def test_it_is_enough_and_not_much_too_much() -> None:
 
 def test_wanted_for_long_enough() -> None:
     plant = Plant(told(scale_up_after_s=40), replicas=2).run(300, 5.0)
-    plant.run(10, 8.0).run(200, 5.0)
+    plant.run(5, 25.0).run(200, 5.0)
     assert plant.changes == []
+    assert "settle" in {decision.reason for _, decision in plant.decisions}
     plant.run(60, 20.0)
     assert plant.target >= needed(20.0)
 
@@ -88,6 +90,57 @@ def test_late_first_tokens_at_a_load_that_should_do() -> None:
     assert plant.scaling.max_load > lowered
 
 
+# Before the replicas
+
+
+def before(plant: Plant, queued: int, *, waits_s: float = 0.1) -> dict[str, LoadReport | None]:
+    """What calm replicas report while so many wait at the ingresses."""
+    reports = {name: worker.report() for name, worker in plant.workers.items()}
+    return {name: replace(report, num_queued=queued, queued_s=waits_s) for name, report in reports.items()}
+
+
+def test_what_waits_before_the_replicas_has_come() -> None:
+    """A router that lets in no more than 5 a second keeps the replicas calm, whatever comes."""
+    plant = Plant(told(max_replicas=32), replicas=2).run(600, 5.0)
+    target = 2
+    for second in range(1, 11):
+        plant._pass_a_second(5)
+        decision = plant.scaling.decide(View(target=target, replicas=before(plant, 20 * second)), plant.now)
+        target = decision.replicas
+    assert target >= needed(25.0)
+    assert float(decision.words.split()[0]) > 15, "requests a second"
+
+
+def test_every_replica_says_the_same_of_the_queue() -> None:
+    plant = Plant(told(max_replicas=32), replicas=4).run(300, 12.0)
+    for second in range(400):
+        plant._pass_a_second(12)
+        view = View(target=4, replicas=before(plant, min(30, second // 10)))
+        assert plant.scaling.decide(view, plant.now).replicas == 4
+
+
+def test_who_is_late_before_the_replicas_is_late() -> None:
+    plant = Plant(told(ttft_s=1.0), replicas=3).run(300, 8.0)
+    assert plant.target == 3
+    decision = plant.scaling.decide(View(target=3, replicas=before(plant, 4, waits_s=1.5)), plant.now + 1)
+    assert (decision.replicas, decision.reason) == (4, "ttft")
+
+
+def test_a_queue_is_work() -> None:
+    scaling, worker = Scaling(told(min_replicas=0, idle_s=50)), Worker()
+    for second in range(200):
+        view = View(target=1, replicas={"a": replace(worker.report(), num_queued=1)})
+        assert scaling.decide(view, float(second)).replicas == 1
+
+
+def test_a_queue_that_was_there_before_us_is_no_news() -> None:
+    plant = Plant(told(max_replicas=32), replicas=2).run(300, 5.0)
+    scaling = Scaling(plant.config)
+    for _ in range(20):
+        plant._pass_a_second(5)
+        assert scaling.decide(View(target=2, replicas=before(plant, 8)), plant.now).replicas <= 3
+
+
 # Down
 
 
@@ -109,6 +162,30 @@ def test_what_comes_back_in_the_meantime_keeps_them() -> None:
     plant = Plant(told(scale_down_after_s=200), replicas=8).run(400, 24.0)
     plant.run(1200, lambda now: 24.0 if now % 150 < 40 else 4.0)
     assert plant.target >= needed(20.0)
+
+
+def burst(plant: Plant) -> Plant:
+    return plant.run(600, 5.0).run(60, 25.0)
+
+
+def test_what_came_faster_than_replicas_could_is_expected_again() -> None:
+    patience_s = 60
+    plant = burst(Plant(told(max_replicas=32, scale_down_after_s=patience_s), replicas=2))
+    plant.run((KEEP - 1) * patience_s, 5.0)
+    assert plant.target >= needed(25.0)
+    plant.run(60, 25.0)
+    assert sum(worker.backlog for worker in plant.workers.values()) < 3, "the next one is met"
+    plant.run((KEEP + 5) * patience_s + 32 * round(SETTLE_S), 5.0)
+    assert plant.target <= needed(1.3 * 5.0), "and forgotten some day"
+
+
+def test_what_was_followed_in_time_is_not_kept_for_long() -> None:
+    plant = Plant(told(max_replicas=32, scale_down_after_s=60), replicas=2).run(600, 5.0)
+    begun = plant.now
+    plant.run(1800, lambda now: 5.0 + 20.0 * (now - begun) / 1800)
+    assert plant.target >= needed(25.0, HIGHEST_LOAD)
+    plant.run(60 + 20 * round(SETTLE_S), 5.0)
+    assert plant.target <= needed(1.3 * 5.0)
 
 
 def test_a_noisy_steady_load_is_left_alone() -> None:
@@ -133,6 +210,15 @@ def test_nobody_leaves_while_the_last_ones_still_owe() -> None:
     left = {name: report for name, report in owing(plant, 10).items() if name != gone}
     for second in range(1, 38):  # 20,000 tokens are 40 s of work
         assert plant.scaling.decide(View(target=held - 1, replicas=left), plant.now + second).replicas >= held - 1
+
+
+def test_what_leavers_hand_over_is_work() -> None:
+    plant = Plant(told(), replicas=2).run(300, 5.0)
+    for _ in range(3):
+        plant._pass_a_second(5)
+        leaving = {"old": LoadReport(leaving=True, tokens_owed=120_000)}  # 240 s of work, in a minute
+        decision = plant.scaling.decide(View(target=2, replicas=owing(plant, 10) | leaving), plant.now)
+    assert decision.replicas >= needed(5.0) + 4
 
 
 def test_what_a_leaver_owes_must_fit() -> None:
@@ -265,9 +351,13 @@ def pairs(plant: Plant) -> list[tuple[int, int]]:
     return list(pairwise(targets))
 
 
-def _at_once(self: Scaling, enough: float, now: float) -> None:
+def _at_once(self: Scaling, level: Any) -> None:
     self._sufficed.clear()
-    self._sufficed.append((now, enough))
+    self._sufficed.append(level)
+
+
+def _for_long(self: Scaling, level: Any, remember: Any = Scaling._remember) -> None:
+    remember(self, level._replace(keep=KEEP))
 
 
 def _in_a_minute(self: Scaling, now: float, *, doubt: float = 0.0) -> tuple[float, float]:
@@ -276,7 +366,7 @@ def _in_a_minute(self: Scaling, now: float, *, doubt: float = 0.0) -> tuple[floa
 
 
 BUGS: dict[str, tuple[str, Any, Callable[[], None]]] = {
-    "fewer at once": ("Scaling._keep", _at_once, test_down_slowly_and_only_after_fewer_sufficed),
+    "fewer at once": ("Scaling._remember", _at_once, test_down_slowly_and_only_after_fewer_sufficed),
     "all the way at once": ("SHARE", 1, test_down_slowly_and_only_after_fewer_sufficed),
     "no rest between steps": ("SETTLE_S", 0.0, test_down_slowly_and_only_after_fewer_sufficed),
     "drains are forgotten": (
@@ -292,6 +382,12 @@ BUGS: dict[str, tuple[str, Any, Callable[[], None]]] = {
         "Scaling._learn",
         lambda *_: None,
         test_late_first_tokens_at_a_load_that_should_do,
+    ),
+    "a burst is soon forgotten": ("KEEP", 1, test_what_came_faster_than_replicas_could_is_expected_again),
+    "everything is kept as long": (
+        "Scaling._remember",
+        _for_long,
+        test_what_was_followed_in_time_is_not_kept_for_long,
     ),
     "sleep at any time": ("Scaling._is_idle", lambda self, now: True, test_any_work_keeps_it),
 }

@@ -16,9 +16,9 @@ from ray.serve.config import AutoscalingContext
 
 from shoal.cluster import autoscale
 from shoal.cluster.autoscale import LOOK_S, STALE_S, ServePolicy, objective_of, serve_autoscaling
+from shoal.cluster.autoscale_board import AGAIN_S
 from shoal.cluster.autoscale_config import AutoscalingConfig
-from shoal.cluster.scaling import Decision
-from shoal.router.load_report import WINDOW_S, LoadReport, LoadWatch, report_of
+from shoal.router.load_report import WINDOW_S, Decided, LoadReport, LoadWatch, report_of
 from shoal.runtime.stats import Stats
 
 
@@ -27,18 +27,20 @@ class Controller:
 
     def __init__(self, **told: Any) -> None:
         self.now = 1000.0
-        self.shown: list[tuple[int, str, str | None]] = []
+        self.shown: list[Decided] = []
         self.told = AutoscalingConfig.model_validate({"min_replicas": 1, "max_replicas": 9, **told})
         with pytest.warns(DeprecationWarning, match="metrics_interval_s"):  # by environment alone, some day
             self.config = ServeConfig(**serve_autoscaling(self.told))
         policy: Any = self.config.policy.get_policy()
         assert policy.__name__ == "ServePolicy"
-        self.wrapped = _apply_autoscaling_config(ServePolicy(clock=lambda: self.now, board=lambda application: self))
+        self.wrapped = _apply_autoscaling_config(
+            ServePolicy(clock=lambda: self.now, now=lambda: self.now, board=lambda application: self)
+        )
         self.state: dict[str, Any] = {}
         self.target = 1
 
-    def show(self, decision: Decision, *, before: str | None) -> None:
-        self.shown.append((decision.replicas, decision.reason, before))
+    def show(self, decided: Decided) -> None:
+        self.shown.append(decided)
 
     def ask(self, *reports: LoadReport | None, queued: float = 0.0, age_s: float = 0.0, passed_s: float = 1.0) -> int:
         self.now += passed_s
@@ -126,7 +128,22 @@ def test_a_line_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(5):
         controller.ask(FULL, *([IDLE] * (controller.target - 1)))
     assert lines == ["shoal-stable: 1 -> 2 replicas: 1.00 KV caches are in use, to be filled to 0.8"]
-    assert controller.shown == [(2, "kv", None)]
+
+
+def test_what_is_decided_is_shown_when_it_changes_and_now_and_then() -> None:
+    controller = Controller(kv_usage=0.5, ttft_s=1.5)
+    began = controller.now + 1
+    controller.ask(FULL)
+    for _ in range(70):
+        controller.ask(FULL, IDLE)
+    first, *later = controller.shown
+    assert (first.replicas, first.reason, first.most, first.ttft_s) == (2, "kv", 9, 1.5)
+    assert first.words == "1.00 KV caches are in use, to be filled to 0.5"
+    assert {(shown.replicas, shown.reason, shown.since) for shown in controller.shown} == {(2, "kv", began)}
+    assert [shown.said_at - began for shown in later] == [AGAIN_S * number for number in range(1, len(later) + 1)]
+    assert len(later) == 70 // AGAIN_S
+    controller.ask(FULL, FULL)
+    assert (controller.shown[-1].replicas, controller.shown[-1].since) == (4, controller.now)
 
 
 def test_nothing_heavy_is_imported_for_it() -> None:

@@ -70,6 +70,11 @@ def state(served: Served) -> str:
     return str(cluster(served)["variants"][0]["state"])
 
 
+def decided(served: Served) -> Any:
+    """What the policy says of stable; {} where nothing is known yet."""
+    return cluster(served)["parts"][0]["autoscaling"] or {}
+
+
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LONG_S
     while not condition():
@@ -82,6 +87,7 @@ def test_to_zero_and_back_and_to_two_and_back(served: Served) -> None:
     until(lambda: state(served) == "asleep")
     assert served.get("/ready").status == 200
     assert num_replicas(served) == 0
+    until(lambda: decided(served).get("reason") == "idle")
 
     answers: list[str] = []
     asking = [
@@ -109,6 +115,9 @@ def test_to_zero_and_back_and_to_two_and_back(served: Served) -> None:
         thread.start()
     try:
         until(lambda: num_replicas(served) == 2 or bool(failures))
+        until(lambda: decided(served).get("target") == 2 or bool(failures))
+        assert decided(served)["max_replicas"] == 2
+        assert 'shoal_replicas_target{variant="stable"} 2.0' in served.get("/metrics").read().decode()
     finally:
         is_over.set()
         for thread in load:

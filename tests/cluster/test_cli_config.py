@@ -82,7 +82,7 @@ def refusal(folder: Path, text: str) -> list[str]:
         ("autoscaling:\n  min_replicas: 1", ":1: autoscaling.max_replicas is missing"),
         ("server:\n  host: x\n  port: 70000", ":3: server.port: Input should be less than or equal to 65535"),
         ("rollout:\n  weights:\n    canary: -1", ":3: rollout.weights.canary: Input should be greater"),
-        ("models: 3", ":1: models: Input should be a valid tuple (got 3)"),
+        ("models: 3", ":1: models: must be a list and is a number (got 3)"),
         ("server:\n  port: 1\n  host: x\n  port: 2", ":4: port is given twice, first in line 2"),
         ("variants:\n- {name: a, name: b}", ":2: name is given twice, first in line 2"),
         ("server: &a\n  host: *a", ":1: an anchor within itself"),

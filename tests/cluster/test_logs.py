@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -61,15 +62,19 @@ def test_only_what_cannot_quote_a_client_is_told(formatter: logging.Formatter, e
     assert "quote" not in text
 
 
-def test_standard_error_gets_each_record_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_standard_error_gets_each_record_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though Serve has put its own stream in its place, which would write something before each."""
     logger = logging.getLogger("shoal")
     before = logger.level, list(logger.handlers)
+    monkeypatch.setattr("sys.stderr", io.StringIO())
     try:
         log_to_stderr("text")
         log_to_stderr("json")
         logging.getLogger("shoal.x").info("once", extra={"facts": {"n": 1}})
         logging.getLogger("shoal.x").debug("not at all")
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = capfd.readouterr().err.splitlines()
         assert (json.loads(line)["message"], json.loads(line)["n"]) == ("once", 1)
     finally:
         logger.level, logger.handlers = before

@@ -18,6 +18,8 @@ from shoal.cluster.cli import app
 from shoal.cluster.config import load_config
 from shoal.cluster.demo import demo_model
 from shoal.cluster.plan_grids import Layout, plan_grid
+from shoal.cluster.plan_load import missed
+from shoal.cluster.plan_report import as_json, report
 from shoal.parallel.threads import thread_comms
 from shoal.runtime.errors import ConfigError, MemoryPlanError, ShoalError, StartupError
 from shoal.runtime.memory import GIB
@@ -206,6 +208,30 @@ def test_what_no_grid_keeps_is_said(models: dict[str, str]) -> None:
     assert made.pick.forecast.ttft_s == float("inf")
 
 
+@pytest.mark.parametrize(
+    ("asked", "flags"),
+    [
+        ({"ttft": "1ms"}, ["--ttft"]),
+        ({"ttft": "1ms", "itl": "10us"}, ["--itl", "--ttft"]),
+        ({"rate": "500/s"}, ["--rate"]),
+        ({"rate": "2/s", "ttft": "1ms"}, ["--ttft"]),
+    ],
+)
+def test_what_no_grid_keeps_is_said_with_by_how_much(
+    models: dict[str, str], asked: dict[str, str], flags: list[str]
+) -> None:
+    """And what is picked misses it by least."""
+    made = plan(models["8b"], "L4", count=2, context="4k", **asked)
+    demand = made.problem.demand
+    found = [missed(option.forecast, demand, replicas=option.layout.replicas) for option in made.options]
+    assert [miss.flag for miss in found[0]] == flags
+    assert found[0][0].times == min(misses[0].times for misses in found) > 1
+    assert all(f"{flag} " in report(made) for flag in flags)
+    assert "this one comes nearest: " in report(made)
+    assert f"({found[0][0].times:.3g} times " in report(made)
+    assert [miss["flag"] for miss in as_json(made)["options"][0]["missed"]] == flags
+
+
 def test_mixed_gpus_get_layers_by_their_speed(models: dict[str, str]) -> None:
     made = plan(models["70b"], "H100:4,A100:4", context="8k")
     for option in made.options:
@@ -283,7 +309,9 @@ def test_the_pick_is_written_as_a_deployment(models: dict[str, str], tmp_path: P
     assert "Pick: tp" in result.output
     tree = yaml.safe_load(file.read_text())
     if name == "values.yaml":
-        assert tree.pop("cluster") == {"replica": {"gpusPerNode": 8}}
+        per_pod = tree["engine"]["tensor_parallel_size"]  # a stage a pod, for no machine has both types
+        assert tree.pop("cluster") == {"replica": {"gpusPerNode": per_pod}}
+        assert tree.pop("weights") == {"source": "image"}
         assert tree["engine"]["device"] == "cuda"
         file.write_text(yaml.safe_dump(tree))
     config = load_config({}, file=file)
@@ -303,7 +331,6 @@ def test_the_chart_takes_written_values(models: dict[str, str], tmp_path: Path) 
     values = yaml.safe_load(file.read_text())
     engine = values["engine"]
     grid = engine["tensor_parallel_size"] * engine.get("pipeline_parallel_size", 1)
-    engine["model"] = "org/name"  # pods have no folder of this machine's
     rayservice = next(each for each in manifests(values) if each["kind"] == "RayService")
     groups = rayservice["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     stable = next(group for group in groups if group["groupName"] == "stable")

@@ -140,7 +140,32 @@ MISTAKES = {
     "provider key": ("availability_zone:", "availibility_zone:", "did you mean provider.availability_zone?"),
     "given twice": ("max_workers: 8", "max_workers: 8\nmax_workers: 9", "aws.yaml:7: max_workers is given twice"),
     "Ray's own": ("max_workers: 8", "max_workers: eight", "aws.yaml:6: max_workers: 'eight' is not of type 'integer'"),
-    "no such head": ("head_node_type: head", "head_node_type: heads", "`head_node_type` must be one of"),
+    "no such head": (
+        "head_node_type: head",
+        "head_node_type: heads",
+        "aws.yaml:27: head_node_type heads is none of available_node_types: head, l4x4-spot",
+    ),
+    "a name of no machine": (
+        "cluster_name: shoal",
+        "cluster_name: My_Cluster",
+        "aws.yaml:5: cluster_name My_Cluster names machines",
+    ),
+    "a long name": ("cluster_name: shoal", f"cluster_name: {'s' * 36}", "at most 35 in all"),
+    "no name": ("cluster_name: shoal", "", "cluster_name is missing"),
+    "no most": ("max_workers: 8 #", "# max_workers: 8 #", "max_workers is missing"),
+    "no user": ("  ssh_user: ubuntu", "  ssh_private_key: ~/key", "auth.ssh_user is missing"),
+    "Ray's own start": (
+        "worker_start_ray_commands:",
+        "initialization_commands:",
+        "worker_start_ray_commands is missing",
+    ),
+    "no kind of cloud": ("  type: aws", "", "provider.type is missing"),
+    "an empty list": ("head_setup_commands:", "head_setup_commands:\ninitialization_commands:", "None is not of type"),
+    "routers nowhere": (
+        "labels: {shoal/role: router}",
+        "labels: {shoal/role: head}",
+        "routers want the labels {'shoal/role': 'router'} (server.ingress_node_labels), which no type of machine has",
+    ),
     "shell": ("node.sh install", 'node.sh "install', "bash cannot read this command"),
     "without settings": (". ~/.shoal/env && ray start --address", "ray start --address", "settings that Serve needs"),
     "open dashboard": ("dashboard-host=127.0.0.1", "dashboard-host=0.0.0.0", "governs the cluster"),
@@ -190,6 +215,42 @@ def test_secrets_that_are_missing_or_open_are_refused(tmp_path: Path) -> None:
     assert "redis-password is missing" in str(refused.value)
 
 
+@pytest.mark.parametrize("section", ["provider", "docker", "file_mounts", "available_node_types", "setup_commands"])
+@pytest.mark.parametrize("value", [None, "text", 5])
+def test_what_is_no_mapping_or_list_is_named_with_its_line(tmp_path: Path, section: str, value: object) -> None:
+    """Ray itself ends in a traceback."""
+    file = made(tmp_path, "gcp")
+    tree = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**tree, section: value}, sort_keys=False))
+    line = next(i for i, text in enumerate(file.read_text().splitlines(), 1) if text.startswith(f"{section}:"))
+    with pytest.raises(ConfigError, match=rf"gcp\.yaml:{line}: {section}: .* is not of type"):
+        check(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("secret", "short", "secret has 5 characters and needs at least 32"),
+        ("auth-token", "\n", "auth-token has 0 characters and needs at least 1"),
+        ("api-keys", "\n", "no key in it"),
+        ("api-keys", "sk-one two\n", "line 1: an API key"),
+    ],
+)
+def test_files_that_cannot_be_what_they_are_named_after(tmp_path: Path, name: str, text: str, message: str) -> None:
+    file = made(tmp_path, "aws")
+    (file.parent / NODE / name).write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check(file)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.10", "10.0.0.11"])
+def test_a_machine_is_one_and_no_other(tmp_path: Path, address: str) -> None:
+    file = made(tmp_path, "on-premises")
+    change(file, "    - 10.0.0.11\n", f"    - 10.0.0.11\n    - {address}\n")
+    with pytest.raises(ConfigError, match=rf"on-premises\.yaml:\d+: {address} is there twice"):
+        check(file)
+
+
 def test_nobody_comes_in_without_a_key_be_it_a_tenant_s(tmp_path: Path) -> None:
     file = made(tmp_path, "gcp")
     (file.parent / NODE / "api-keys").unlink()
@@ -210,6 +271,12 @@ def test_init_refuses_what_it_would_spoil_or_cannot_make(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="--wheel"):
         init(tmp_path / "new", "aws", MODEL, wheel=tmp_path / "full" / "thesis.txt")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("model", ["a: b # c", "2026-11-22", "true", "/models/Ünder score"])
+def test_a_model_s_name_is_text_whatever_yaml_would_make_of_it(tmp_path: Path, model: str) -> None:
+    init(tmp_path / "new", "aws", model)
+    assert load_config({}, file=tmp_path / "new" / NODE / "shoal.yaml").engine.model == model
 
 
 def test_models_that_nodes_fetch_are_the_hub_s_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from functools import cache
@@ -110,8 +111,8 @@ def helm(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def template(values: Values, *, name: str = "release") -> subprocess.CompletedProcess[str]:
-    """`helm template` with the values over the chart's."""
-    return helm("template", name, str(CHART), "-n", "llm", "-a", GATEWAY_API, "-f", "-", stdin=yaml.safe_dump(values))
+    """`helm template` with the values over the chart's. As JSON, for Python and Go quote YAML differently."""
+    return helm("template", name, str(CHART), "-n", "llm", "-a", GATEWAY_API, "-f", "-", stdin=json.dumps(values))
 
 
 def manifests(values: Values) -> list[dict[str, Any]]:

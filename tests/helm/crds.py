@@ -26,6 +26,28 @@ def validators(folder: Path) -> dict[tuple[str, str], jsonschema.Draft7Validator
     return found
 
 
+def repeated(schema: Any, value: Any, path: str = "") -> Iterator[str]:
+    """Where two entries of a list have one key, which an API server refuses of lists that it takes for maps."""
+    if isinstance(value, dict):
+        for name, below in value.items():
+            fields = schema.get("properties", {})
+            yield from repeated(fields.get(name) or {}, below, f"{path}/{name}")
+    elif isinstance(value, list):
+        keys = schema.get("x-kubernetes-list-map-keys", ())
+        seen = [tuple(entry.get(key) for key in keys) for entry in value] if keys else []
+        yield from (f"{path}: {key}" for i, key in enumerate(seen) if key in seen[:i])
+        for i, entry in enumerate(value):
+            yield from repeated(schema.get("items") or {}, entry, f"{path}/{i}")
+
+
+def ray_service_schema(folder: Path) -> Any:
+    """The RayService's own, as it is written."""
+    (file,) = folder.glob("*rayservices*.yaml")
+    definition = yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]
+    (version,) = [each for each in definition["versions"] if each["name"] == "v1"]
+    return version["schema"]["openAPIV3Schema"]
+
+
 def strict(schema: Any) -> Any:
     """A JSON schema of an OpenAPI one. Fields that it does not name are refused, unless it says to keep them."""
     if isinstance(schema, list):

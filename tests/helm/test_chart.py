@@ -20,6 +20,7 @@ from .chart import (
     CHART,
     HELM,
     MATRIX,
+    ROOT,
     case,
     group,
     helm,
@@ -30,7 +31,7 @@ from .chart import (
     ray_service,
     template,
 )
-from .crds import validators
+from .crds import ray_service_schema, repeated, validators
 from .kuberay import complaints
 
 pytestmark = needs_helm
@@ -82,15 +83,21 @@ def test_names_are_told_apart(name: str) -> None:
 
 @pytest.mark.skipif("SHOAL_KUBERAY_CRDS" not in os.environ, reason="SHOAL_KUBERAY_CRDS names no folder with the CRDs")
 def test_the_custom_resource_definitions_take_every_ray_service() -> None:
-    known = validators(Path(os.environ["SHOAL_KUBERAY_CRDS"]))["ray.io/v1", "RayService"]
+    folder = Path(os.environ["SHOAL_KUBERAY_CRDS"])
+    known, schema = validators(folder)["ray.io/v1", "RayService"], ray_service_schema(folder)
     for name in MATRIX:
         errors = [
             f"{name}: {'/'.join(map(str, e.path))}: {e.message}" for e in known.iter_errors(ray_service(case(name)))
         ]
         assert not errors
+        assert not list(repeated(schema, ray_service(case(name))))
     typo = copy.deepcopy(ray_service(case("defaults")))
     typo["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["minReplica"] = 1
     assert list(known.iter_errors(typo))
+    twice = copy.deepcopy(ray_service(case("defaults")))
+    variables = twice["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    variables.append(variables[0])
+    assert list(repeated(schema, twice))
 
 
 @CASES
@@ -344,6 +351,59 @@ def test_who_may_connect() -> None:
     clients = [{"namespaceSelector": {"matchLabels": {"team": "a"}}}]
     _, api, _ = of_kind(manifests({"networkPolicy": {"clients": clients}}), "NetworkPolicy")
     assert api["spec"]["ingress"][0]["from"][0] == clients[0]
+
+
+def test_alerts_lead_where_the_runbook_is_published() -> None:
+    """By default to its path in the repository."""
+    page = "https://wiki.example/shoal/OPERATING.md"
+    for monitoring, base in (({}, "docs/OPERATING.md"), ({"runbookUrl": page}, page)):
+        (rule,) = of_kind(manifests({"monitoring": {"alerts": True, **monitoring}}), "PrometheusRule")
+        found = [each["annotations"]["runbook_url"] for group in rule["spec"]["groups"] for each in group["rules"]]
+        assert found
+        assert all(url.startswith(f"{base}#shoal") for url in found)
+
+
+@pytest.mark.parametrize("length", [2, 46, 47])
+def test_names_fit_what_is_made_of_them(length: int) -> None:
+    """A StatefulSet's pods have its name in a label, with a hyphen and a hash of ten digits behind it."""
+    everything = {"enabled": True}
+    options = {"redis": {"tls": everything}, "ingress": everything, "monitoring": {"dashboard": True, "alerts": True}}
+    found = manifests({"fullnameOverride": "n" * length, **options})
+    for each in found:
+        assert len(each["metadata"]["name"]) <= (52 if each["kind"] == "StatefulSet" else 63), each["kind"]
+    (state,) = of_kind(found, "StatefulSet")
+    assert state["spec"]["serviceName"] in [each["metadata"]["name"] for each in of_kind(found, "Service")]
+    server = yaml.safe_load(ray_service(found)["spec"]["serveConfigV2"])["applications"][0]["args"]["server"]
+    assert state["metadata"]["name"] in server["redis_url"]
+
+
+@pytest.mark.parametrize("name", ["true", "null", "1e3"])
+def test_a_release_whose_name_is_no_text_to_yaml(name: str) -> None:
+    done = template({"fullnameOverride": "shoal", "variants": [{"name": "on"}]}, name=name)
+    assert done.returncode == 0, done.stderr
+    found = [each for each in yaml.safe_load_all(done.stdout) if each]
+    for manifest in found:
+        if manifest["kind"] not in OTHERS:
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        assert manifest["metadata"]["labels"]["app.kubernetes.io/instance"] == name
+    assert group(ray_service(found), "on")["labels"] == {"shoal/part": "on"}
+
+
+@pytest.mark.parametrize(
+    ("ca", "file"), [("", "/etc/ssl/certs/ca-certificates.crt"), ("ca", "/etc/shoal/redis/ca.crt")]
+)
+def test_the_head_trusts_whom_the_ingresses_trust(ca: str, file: str) -> None:
+    """Ray knows no CA of its own: without yours it is told of the image's, which the Dockerfile installs."""
+    external = {"url": "rediss://cache.example", "existingSecret": "cache", "caSecret": ca}
+    service = ray_service(manifests({"redis": {"mode": "external", "external": external}}))
+    assert environment(pod_templates(service)["head"]["spec"]["containers"][0])["RAY_REDIS_CA_CERT"] == file
+    assert "ca-certificates" in (ROOT / "Dockerfile").read_text(encoding="utf-8").rpartition("FROM")[2]
+
+
+def test_notes_name_the_ray_service_whatever_leads_to_it() -> None:
+    upgrade = "cluster.upgrade.type=NewClusterWithIncrementalUpgrade,cluster.upgrade.gatewayClassName=istio"
+    done = helm("install", "release", str(CHART), "-n", "llm", "--dry-run=client", "--set", upgrade)
+    assert "rayservice/release-shoal --timeout" in done.stdout, done.stderr
 
 
 def test_notes_say_what_comes_next() -> None:

@@ -45,6 +45,8 @@ def weight_of(encoding: str, features: int, columns: int) -> CodedWeight:
             return int4_weight(codes, scales, scales * 7.3)
         case "int4-32":
             return int4_weight(codes, torch.ones(features, columns // 32))
+        case "int8-16":
+            return int8_weight(codes.view(torch.int8), torch.ones(features, columns // 16))
         case "int8-128":
             return int8_weight(codes.view(torch.int8), scales)
         case "fp8-block" | "fp8-block-dynamic":

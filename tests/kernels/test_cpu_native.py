@@ -271,20 +271,25 @@ class Packed(NamedTuple):
 
 
 def make_weight(native: Native, kind: str, rows: int, columns: int) -> Packed:
-    """kind: q4, or q8 and the columns of a group (0: the whole row)."""
+    """kind: q4, or q8 and the columns of a group (0: the whole row), q8m where they have minima, too."""
     padded = -(-rows // TILE_ROWS) * TILE_ROWS
     if kind == "q4":
         nibbles = torch.randint(0, 16, (padded, columns))
         scale, minimum = (torch.randn(padded, columns // 32).half().float() for _ in range(2))
         dense = nibbles.view(padded, -1, 32) * scale[..., None] + minimum[..., None]
         return Packed(native.q4_product, pack_q4(nibbles, scale, minimum), dense.flatten(1)[:rows])
-    group = int(kind.removeprefix("q8/")) or columns
+    form, _, size = kind.partition("/")
+    group = int(size) or columns
     codes, scale = torch.randint(-128, 128, (padded, columns)), torch.randn(padded, columns // group)
-    dense = codes.view(padded, -1, group) * scale[..., None]
-    return Packed(native.q8_product, pack_q8(codes, scale), dense.flatten(1)[:rows])
+    minimum = None
+    if form == "q8m":  # of so few digits that a sum is rounded once, whoever takes it
+        scale, minimum = scale.half().float(), torch.randn(scale.shape).half().float() * 100
+    dense = codes.view(padded, -1, group) * scale[..., None] + (0 if minimum is None else minimum[..., None])
+    return Packed(native.q8_product, pack_q8(codes, scale, minimum), dense.flatten(1)[:rows])
 
 
-KINDS = ["q4", "q8/32", "q8/96", "q8/0"]
+LOGIT_KINDS = ["q8/32", "q8/96", "q8/0", "q8/16"]
+KINDS = ["q4", *LOGIT_KINDS, "q8m/32", "q8m/96"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -319,14 +324,14 @@ def test_a_row_is_the_same_in_any_company(native: Native, kind: str, two_threads
 
 
 @pytest.mark.parametrize("rows", [1, 17, 100])
-@pytest.mark.parametrize("group", [32, 96, 192])
+@pytest.mark.parametrize("group", [16, 32, 96, 192])
 def test_rows_of_a_packed_table(native: Native, rows: int, group: int) -> None:
     weight = make_weight(native, f"q8/{group}", rows, 192)
     ids = torch.randint(0, rows, (20,))
     assert torch.equal(q8_rows(weight.data, ids), weight.dense[ids])
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", LOGIT_KINDS)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 30])
 def test_logits_keep_float32(native: Native, kind: str, tokens: int, two_threads: None) -> None:
     weight = make_weight(native, kind, 300, 192)

@@ -137,7 +137,7 @@ def test_attention(native: Native, *, bits: int, lens: list[int], heads: Heads, 
     q = ops.rotate_and_store(qkv_TNE, expected_cache, head_spec, positions_T=positions, slots_T=slots)
     expected = multiply(native, ops.attention(q, expected_cache, batch, spec).flatten(1), out)
 
-    attend = NativeAttend(native, norm, qkv=qkv, out=out, heads=head_spec)
+    attend = NativeAttend(native, norm, qkv=[qkv], out=out, heads=head_spec)
     shape = decode_shape(cache, batch, spec, heads=heads.query, query_stride=qkv.out_features)
     rows = DecodeRows(positions.data_ptr(), slots.data_ptr())
     found = attend(delta, residual, cache, rows=rows, shape=shape)

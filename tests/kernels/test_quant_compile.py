@@ -11,7 +11,7 @@ CHECK = Path(__file__).with_name("quant_compile.py")
 SHARED_MEMORY = {90: 227 * 1024, 80: 163 * 1024}  # a block's most
 TENSOR_CORES = {90: "wgmma", 80: "mma.sync"}
 SHAPES = ["6144x4096", "28672x4096", "4096x14336"]
-WEIGHT_ONLY = ["int4", "int4-fraction", "int4-32", "int8", "int8-128", "fp8", "fp8-block"]
+WEIGHT_ONLY = ["int4", "int4-fraction", "int4-32", "int8", "int8-16", "int8-128", "fp8", "fp8-block"]
 ROWS = {80: (64,), 90: (1, 64, 400)}
 DYNAMIC = {80: ["int8-dynamic"], 90: ["int8-dynamic", "fp8-dynamic", "fp8-block-dynamic"]}
 

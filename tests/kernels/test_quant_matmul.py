@@ -80,7 +80,8 @@ def fp8(features: int, columns: int, scales: tuple[int, int]) -> tuple[CodedWeig
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("features", "columns", "group"), [(70, 256, 256), (33, 96, 32), (64, 384, 128), (5, 160, 160)]
+    ("features", "columns", "group"),
+    [(70, 256, 256), (33, 96, 32), (64, 384, 128), (5, 160, 160), (70, 256, 16), (33, 80, 16)],
 )
 def test_int8(features: int, columns: int, group: int, dtype: torch.dtype) -> None:
     check(*int8(features, columns, group), rows=3, dtype=dtype)

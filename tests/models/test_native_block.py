@@ -13,6 +13,7 @@ from shoal.kernels.reference import ReferenceOps
 from shoal.parallel.codes import Codes
 from shoal.parallel.comm import SoloComm
 from shoal.parallel.native import NativeInt4Linear, NativeInt8Linear
+from shoal.parallel.quant import StackedLinear
 from shoal.runtime.models.decoder import Attention, Block, SequentialBlock, Step
 from shoal.runtime.models.native_block import LayerParts, LayerWeights, NativeBlock, Weights, select_fuse
 from shoal.runtime.models.spec import LayerSpec, MLPSpec
@@ -39,9 +40,16 @@ def make_weights(native: Native, rows: int, columns: int, *, bits: int) -> Weigh
     return NativeInt4Linear(native, Codes(codes_FD, scale_FG, torch.full_like(scale_FG, 8), 32, columns)), None
 
 
-def make_parts(native: Native, *, activation: Activation = Activation.SILU) -> LayerParts:
+def make_qkv(native: Native, *bits: int) -> Weights:
+    """One matrix, or queries, keys and values in bits of their own."""
+    rows = [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM] if len(bits) > 1 else [(HEADS + 2 * KV_HEADS) * DIM]
+    parts = [make_weights(native, count, HIDDEN, bits=each)[0] for count, each in zip(rows, bits, strict=True)]
+    return parts[0] if len(parts) == 1 else StackedLinear(parts), None
+
+
+def make_parts(native: Native, *, activation: Activation = Activation.SILU, qkv: tuple[int, ...] = (4,)) -> LayerParts:
     weights = LayerWeights(
-        qkv=make_weights(native, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, bits=4),
+        qkv=make_qkv(native, *qkv),
         out=make_weights(native, HIDDEN, HEADS * DIM, bits=8),
         up=make_weights(native, 2 * MLP, HIDDEN, bits=4),
         down=make_weights(native, HIDDEN, MLP, bits=4),
@@ -82,10 +90,13 @@ def make_step(query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> Step:
     return Step(positions, slots, batch)
 
 
+@pytest.mark.parametrize("qkv", [(4,), (4, 4, 8), (8, 4, 8)], ids=str)
 @pytest.mark.parametrize("steps", [[((1, 1, 1), (3, 16, 1))] * 2, [((4,), (9,)), ((1,), (10,))], [((1, 3), (5, 8))]])
-def test_it_means_the_same(native: Native, steps: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+def test_it_means_the_same(
+    native: Native, steps: list[tuple[tuple[int, ...], tuple[int, ...]]], qkv: tuple[int, ...]
+) -> None:
     """Steps of single tokens, of prompts, and of both, one after the other through one cache."""
-    ops, parts = NativeCpuOps(CPU, native), make_parts(native)
+    ops, parts = NativeCpuOps(CPU, native), make_parts(native, qkv=qkv)
     composed = compose(ops, parts)
     fused = select_fuse(ops, SoloComm(), dtype=torch.bfloat16)(composed, parts)
     assert isinstance(fused, NativeBlock)

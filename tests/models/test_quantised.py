@@ -36,8 +36,7 @@ SIZES = {
     "vocab_size": 96,
 }
 Q = "model.layers.0.self_attn.q_proj"
-HELD_DENSE = [name for name in FORMATS if ("8 bits" in name and "zeros" in name) or "fp8" in name or "nf4" in name]
-HELD_DENSE += [name for name in FORMATS if "float-" in name or name == "int-quantized, zeros"]
+HELD_DENSE = [name for name in FORMATS if any(word in name for word in ("fp8", "nf4", "float-"))]
 ENDS = 96 * 128 * (2 + 2) + 3 * 128 * 4  # embedding, head and norms
 
 

@@ -7,9 +7,11 @@ import torch
 from transformers import AutoConfig
 
 from shoal.kernels.coded_weight import fp8_weight, int4_weight, int8_weight
+from shoal.kernels.native import load_native
 from shoal.kernels.quant_tiles import DENSE_FROM, scratch_bytes, slab_features, weight_only_tile
-from shoal.parallel.codes import Kind
+from shoal.parallel.codes import Codes, Kind
 from shoal.parallel.grid import Grid
+from shoal.parallel.quant import CpuKernels
 from shoal.parallel.threads import thread_comms
 from shoal.runtime.checkpoint import Form
 from shoal.runtime.models.spec import ModelSpec
@@ -76,6 +78,32 @@ def test_codes_on_a_gpu_take_what_was_planned(kind: Kind, group: int) -> None:
     bytes_a_weight = weight.num_bytes() / (rows * columns)
     num_weights = columns * (4 * columns + 3 * rows)
     assert planned.layers[0] - 2 * columns * 4 == pytest.approx(num_weights * bytes_a_weight, rel=0.002)
+
+
+@pytest.mark.parametrize(("group", "zeros"), [(16, False), (32, False), (32, True), (1, False)])
+def test_eight_bits_on_a_cpu_take_what_was_planned(group: int, *, zeros: bool) -> None:
+    native = load_native()
+    if native is None:
+        pytest.skip("no compiler here, or another processor")
+    rows, columns, heads = 512, 1024, 16
+    scale_FG = torch.ones(rows, 1 if group == 1 else columns // group)
+    codes_FD = torch.zeros(rows, columns, dtype=torch.int8)
+    codes = Codes(codes_FD, scale_FG, scale_FG if zeros else None, columns if group == 1 else group, columns)
+    layer = CpuKernels(native, None, deterministic=False).make(codes)
+    assert layer is not None
+    spec = llama(
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        hidden_size=columns,
+        intermediate_size=rows,
+        head_dim=columns // heads,
+    )
+    (share,) = deal(spec, Grid())
+    form = Form("", group, Kind.INT8, zeros)
+    planned = plan_weights(share, StoredAs(spec, form), device="cpu", dtype=torch.bfloat16)
+    num_weights = columns * (4 * columns + 3 * rows)
+    expected = num_weights * layer.num_bytes() / (rows * columns)
+    assert planned.layers[0] - 2 * columns * 4 == pytest.approx(expected, rel=0.003)
 
 
 def test_scratch_covers_every_step_up_to_the_widest() -> None:

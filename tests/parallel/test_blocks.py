@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 from shoal.parallel.blocks import group_of_blocks, kind_of_blocks, read_blocks, reads_blocks
 
-SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_0": (0,), "Q6_K": (208,), "Q8_0": (0,)}
+SCALES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "Q8_0": (0,), "Q3_K": (108,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
 """Formats that are read, and at which bytes of their blocks the float16 numbers lie."""
 
 
@@ -37,7 +40,7 @@ def test_numbers_are_the_packages(format: str) -> None:
     torch.testing.assert_close(codes.dense(), numbers, rtol=0, atol=1e-6 * float(numbers.abs().max()))
 
 
-@pytest.mark.parametrize("format", ["Q4_1", "Q4_K"])
+@pytest.mark.parametrize("format", ["Q4_1", "Q4_K", "Q5_1", "Q5_K"])
 @pytest.mark.parametrize("minimum", [0.5, 0.0])
 def test_a_block_of_one_number(format: str, minimum: float) -> None:
     """Its scale is 0, and nothing may be divided by it."""
@@ -52,4 +55,4 @@ def test_a_block_of_one_number(format: str, minimum: float) -> None:
 
 
 def test_others_are_not_read() -> None:
-    assert not any(reads_blocks(format) for format in ("Q2_K", "Q3_K", "Q5_K", "IQ4_NL", "F16"))
+    assert not any(reads_blocks(format) for format in ("Q2_K", "IQ3_S", "F16"))

@@ -44,7 +44,7 @@ def test_an_order_of_columns_that_was_cut(bits: int) -> None:
     assert product(in_groups(whole.codes_FD[:, at], whole.scale_FG, whole.zero_FG, at // 64), 3) < 5e-3
 
 
-@pytest.mark.parametrize("group", [32, 64, 256])
+@pytest.mark.parametrize("group", [16, 32, 64, 256])
 def test_eight_bits(group: int) -> None:
     weight, _ = random_codes(8, 64, 256, group, zeros=False)
     assert product(weight, 3) < 5e-3

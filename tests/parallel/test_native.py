@@ -1,4 +1,4 @@
-"""4-bit layers over our own kernel: the weights are the file's, rounded nowhere."""
+"""Layers over our own kernels: the weights are the file's, rounded nowhere."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,11 @@ from gguf.quants import dequantize, quantize
 
 from shoal.kernels.native import load_native
 from shoal.parallel.blocks import read_blocks
-from shoal.parallel.native import NativeInt4Linear
+from shoal.parallel.codes import cut_columns
+from shoal.parallel.native import NativeInt4Linear, NativeInt8Linear
+from shoal.parallel.quant import CpuKernels
+
+from .test_blocks import expected, random_blocks
 
 
 def make_layer(format: str, count: int, in_features: int) -> tuple[NativeInt4Linear, torch.Tensor]:
@@ -29,6 +33,37 @@ def test_the_weights_are_the_files(format: str, count: int) -> None:
     layer, dense = make_layer(format, count, 192)
     assert (layer.out_features, layer.in_features) == dense.shape
     assert torch.equal(layer.apply(torch.eye(192).bfloat16()), dense.T.bfloat16())
+
+
+@pytest.mark.parametrize("format", ["Q3_K", "IQ4_NL", "IQ4_XS", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"])
+def test_blocks_that_are_no_four_bits_stay_codes(format: str) -> None:
+    native = load_native()
+    if native is None:
+        pytest.skip("no compiler here, or another processor")
+    blocks = random_blocks(format, 70)
+    codes, dense = read_blocks(format, torch.from_numpy(blocks)), expected(format, blocks)
+    layer = CpuKernels(native, None, deterministic=False).make(codes)
+    assert isinstance(layer, NativeInt8Linear)
+    assert layer.num_bytes() <= 96 * dense.shape[1] * 10 / 8  # in whole tiles
+    found = layer.apply(torch.eye(layer.in_features).bfloat16()).T
+    if codes.zero_FG is None:
+        assert torch.equal(found, dense.bfloat16())
+    else:  # the sum of two products: rounded once more
+        torch.testing.assert_close(found.float(), dense, rtol=2**-8, atol=1e-6 * float(dense.abs().max()))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 256), (16, 272), (64, 112), (256, 512)])
+def test_a_cut_of_q6_k_keeps_its_groups(start: int, stop: int) -> None:
+    """Groups of 16: a rank that holds some columns pads nothing, and dequantises nothing."""
+    native = load_native()
+    if native is None:
+        pytest.skip("no compiler here, or another processor")
+    blocks = random_blocks("Q6_K", 40)
+    codes = cut_columns(read_blocks("Q6_K", torch.from_numpy(blocks)), start, stop)
+    layer = CpuKernels(native, None, deterministic=False).make(codes)
+    assert layer is not None
+    dense = expected("Q6_K", blocks)[:, start:stop]
+    assert torch.equal(layer.apply(torch.eye(stop - start).bfloat16()), dense.T.bfloat16())
 
 
 def test_input_need_not_be_contiguous() -> None:

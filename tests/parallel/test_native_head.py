@@ -14,12 +14,13 @@ def make_codes(rows: int, columns: int = 192, group: int = 32) -> Codes:
     return Codes(codes_FD, torch.rand(rows, columns // group), None, group, columns)
 
 
+@pytest.mark.parametrize("group", [16, 32])
 @pytest.mark.parametrize("rows", [5, 4096, 5000])
-def test_logits_and_rows(rows: int) -> None:
+def test_logits_and_rows(rows: int, group: int) -> None:
     native = load_native()
     if native is None:
         pytest.skip("no compiler here, or another processor")
-    codes = make_codes(rows)
+    codes = make_codes(rows, group=group)
     head, dense_VD, x_RD = NativeHead(native, codes), codes.dense(), torch.randn(3, 400)[:, ::2][:, :192]
     exact = x_RD.double() @ dense_VD.T.double()
     assert bool(((head.logits(x_RD) - exact).abs() <= 3e-3).all())  # of sums of some thousands
@@ -31,7 +32,8 @@ def test_logits_and_rows(rows: int) -> None:
 def test_what_it_takes() -> None:
     plain = make_codes(4)
     assert NativeHead.fits(plain)
-    assert not NativeHead.fits(make_codes(4, group=48))
+    assert NativeHead.fits(make_codes(4, group=48))
+    assert not NativeHead.fits(make_codes(4, group=24))
     zeros_FG = torch.zeros_like(plain.scale_FG)
     assert not NativeHead.fits(Codes(plain.codes_FD, plain.scale_FG, zeros_FG, 32, 192))
     assert not NativeHead.fits(Codes(plain.codes_FD, plain.scale_FG, None, 32, 192, torch.arange(192)))

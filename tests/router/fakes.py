@@ -113,6 +113,7 @@ class FakeBackend:
             if scored
             else None,
             finish_reason=ended,
+            stop_reason=tokens[-1] if ended is FinishReason.STOP else None,
             num_cached_tokens=2 if first else 0,
         )
 

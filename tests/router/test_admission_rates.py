@@ -85,6 +85,14 @@ def test_a_budget_is_whole_again_at_the_periods_end_and_not_before() -> None:
     assert charge(rates, owner, 100)["x-ratelimit-reset-budget"] == "1h0m0s"
 
 
+def test_large_numbers_are_written_out_and_long_waits_in_hours() -> None:
+    rates, owner = Rates(NoStore(), clock=Clock()), tenant(token_budget=50_000_000, budget_s=86_400)
+    charge(rates, owner, 50_000_000)
+    said = str(refused(rates, owner, 1_234_567))
+    assert "may use 50000000 tokens in 86400 s (token_budget); 0 are left" in said
+    assert "needs 1234567: there is room in 24h0m0s" in said
+
+
 def test_what_never_fits_is_final() -> None:
     error = refused(Rates(NoStore(), clock=Clock()), tenant(tokens_per_minute=50), 51)
     assert "51 tokens, above 50, the whole tokens_per_minute" in str(error)

@@ -126,11 +126,16 @@ class Service:
         return self.found
 
     async def bring(
-        self, name: str, digest: str = MODEL, *, watch: Callable[[Depart], Coroutine[Any, Any, None]] = no_notice
+        self,
+        name: str,
+        digest: str = MODEL,
+        *,
+        watch: Callable[[Depart], Coroutine[Any, Any, None]] = no_notice,
+        drain_s: float = DRAIN_S,
     ) -> None:
         self.engines[name] = engine = Counting(digest)
         info = ModelInfo(model="m", digest=digest, max_model_len=512, vocab_size=260, created=len(self.engines))
-        parts = Parts(engine, NoGrammars(), info, drain_timeout_s=DRAIN_S, watch=watch)
+        parts = Parts(engine, NoGrammars(), info, drain_timeout_s=drain_s, watch=watch)
         self.replicas[name] = Replica(lambda: parts, SECRET)
         self.found.append(await self.replicas[name].listen(name, "127.0.0.1"))
 
@@ -381,7 +386,7 @@ def test_no_answer_changes_its_weights() -> None:
             await at.connected("b")
             at.backend.use(OTHER)
             assert await at.ask("new", 2, digest=OTHER) == [100, 101]
-            await at.shut_down("a")
+            await at.replicas["a"].depart(MARGIN_S)
             await asyncio.sleep(RouterConfig().resume_wait_s / 2)
             assert not running.done()
             await at.bring("c", MODEL)
@@ -399,12 +404,78 @@ def test_an_answer_whose_weights_are_gone_ends_with_an_error() -> None:
             await at.bring("b", OTHER)
             await at.connected("b")
             at.backend.use(OTHER)
+            await at.replicas["a"].depart(MARGIN_S)
             await at.shut_down("a")
             with pytest.raises(Unavailable, match="resume_wait_s"):
                 await running
             with pytest.raises(Unavailable, match="version"):
                 await at.ask("late", 1, digest=MODEL)
             assert at.engines["b"].taken == []
+
+    run(scenario)
+
+
+def test_the_last_of_its_weights_ends_what_runs_there() -> None:
+    """However long it takes: there were two of it, and neither may count on the other."""
+
+    async def scenario() -> None:
+        async with service("a", "b") as at:
+            num = int(3 * DRAIN_S / TOKEN_S)
+            running = [at.start(f"r{i}", num) for i in range(6)]
+            await asyncio.sleep(1.0)
+            assert at.engines["a"].taken
+            assert at.engines["b"].taken
+            await at.bring("c", OTHER)
+            await at.connected("c")
+            at.backend.use(OTHER)
+            at.shut_down("a")
+            await asyncio.sleep(1.0)
+            at.shut_down("b")
+            await asyncio.sleep(1.0)
+            assert await at.ask("new", 2, digest=OTHER) == [100, 101]
+            assert [await answer for answer in running] == [list(range(num))] * 6
+            assert at.interrupted() == {}
+            began = at.clock()
+            await asyncio.gather(*at.leaving)
+            assert at.clock() - began < 1.0
+
+    run(scenario)
+
+
+def test_a_short_drain_refuses_nobody_while_ingresses_turn() -> None:
+    async def scenario() -> None:
+        async with service() as at:
+            await at.bring("a", drain_s=0.0)
+            await at.connected("a")
+            at.backend.use(MODEL)
+            running = at.start("r", 20)
+            await asyncio.sleep(1.0)
+            await at.bring("b", OTHER)
+            await at.connected("b")
+            left = at.shut_down("a")
+            await asyncio.sleep(2.0)
+            assert await at.ask("old", 2) == [0, 1]
+            at.backend.use(OTHER)
+            assert await at.ask("new", 2, digest=OTHER) == [100, 101]
+            assert await running == list(range(20))
+            await left
+            assert at.interrupted() == {}
+
+    run(scenario)
+
+
+def test_of_a_part_that_is_removed_what_runs_ends() -> None:
+    async def scenario() -> None:
+        async with service("a") as at:
+            num = int(3 * DRAIN_S / TOKEN_S)
+            running = at.start("r", num)
+            await asyncio.sleep(1.0)
+            left = at.shut_down("a")
+            at.backend.retire()
+            assert await running == list(range(num))
+            began = at.clock()
+            await left
+            assert at.clock() - began < 1.0
 
     run(scenario)
 
@@ -457,6 +528,17 @@ def _release_for_any_weights(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(line_client._Link, "digest", "")
 
 
+def _leave_the_last_too(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LineServer, "holds_last", False)
+
+
+def _say_it_once(patch: pytest.MonkeyPatch) -> None:
+    release = line_client._Link.release
+    patch.setattr(
+        line_client._Link, "release", lambda link, *, is_last: link.is_released or release(link, is_last=is_last)
+    )
+
+
 def _go_on_with_any_weights(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Resume, "_foreign", lambda resume, log: frozenset())
 
@@ -472,12 +554,14 @@ def _say_no_goodbye(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("plant", "scenario"),
     [
-        (_go_without_leave, test_nobody_is_refused_while_one_replaces_the_only_one),
+        (_go_without_leave, test_new_weights_take_over_when_the_ingress_has_them),
         (_never_release, test_one_that_leaves_goes_as_soon_as_it_may),
         (_never_release, test_nobody_is_refused_while_one_replaces_the_only_one),
         (_release_for_any_weights, test_new_weights_take_over_when_the_ingress_has_them),
         (_go_on_with_any_weights, test_no_answer_changes_its_weights),
         (_go_on_with_any_weights, test_an_answer_whose_weights_are_gone_ends_with_an_error),
+        (_leave_the_last_too, test_the_last_of_its_weights_ends_what_runs_there),
+        (_say_it_once, test_the_last_of_its_weights_ends_what_runs_there),
         (_hand_over_late, test_a_notice_moves_what_runs_before_the_machine_goes),
         (_say_no_goodbye, test_a_notice_without_a_time_moves_only_what_is_new),
     ],

@@ -131,6 +131,12 @@ def test_a_bad_constraint_is_the_client_s_fault(server: Server, spec: dict[str, 
     reply = server.post(COMPLETIONS, {"model": MODEL, "prompt": "a", "structured_outputs": spec, "stream": stream})
     assert reply.status == 400, reply.body
     assert reply.json["error"]["param"].startswith("structured_outputs")
+
+
+def test_a_schema_is_refused_under_the_name_of_the_field_that_it_came_in(server: Server) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "florb"}}}
+    reply = server.post(COMPLETIONS, {"model": MODEL, "prompt": "a", "response_format": wanted})
+    assert (reply.status, reply.json["error"]["param"]) == (400, "response_format")
     assert server.post(COMPLETIONS, {"model": MODEL, "prompt": "a"}).status == 200
 
 

@@ -126,6 +126,10 @@ def test_chat_logprobs(server: Server) -> None:
     assert chat(server, max_tokens=1, logprobs=True)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
+def test_no_top_logprobs_ask_for_nothing(server: Server) -> None:
+    assert "logprobs" not in chat(server, logprobs=False, top_logprobs=0)["choices"][0]
+
+
 def test_half_a_character_has_its_bytes(server: Server) -> None:
     server.backend.answer = "é"
     first, second = chat(server, max_tokens=2, logprobs=True)["choices"][0]["logprobs"]["content"]
@@ -443,7 +447,13 @@ def test_overload_is_refused_at_once() -> None:
 
 def test_stop_token_ids(server: Server) -> None:
     choice = complete(server, stop_token_ids=[ord("c")])["choices"][0]
-    assert (choice["text"], choice["finish_reason"]) == ("The ", "stop")
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("The ", "stop", ord("c"))
+
+
+def test_the_models_own_end_is_no_stop_reason(server: Server) -> None:
+    choice = complete(server, max_tokens=99)["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (ANSWER, "stop")
+    assert "stop_reason" not in choice
 
 
 def test_keep_alive_serves_many_requests_on_one_connection(server: Server) -> None:

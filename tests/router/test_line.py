@@ -18,7 +18,16 @@ import msgspec
 import pytest
 
 from shoal.router.backend import ModelInfo, ReplicaLost, Status
-from shoal.router.line import MAGIC, LineError, LineLimits, Submit, Welcome, ingress_handshake, replica_handshake
+from shoal.router.line import (
+    MAGIC,
+    LineError,
+    LineLimits,
+    Queue,
+    Submit,
+    Welcome,
+    ingress_handshake,
+    replica_handshake,
+)
 from shoal.router.line_client import Address, LineBackend
 from shoal.router.line_server import MAX_STRANGERS, LineServer
 from shoal.runtime import errors as e
@@ -403,6 +412,22 @@ def test_heartbeats_carry_statistics_and_readiness(run: Run) -> None:
             with pytest.raises(e.Unavailable, match="stopped making steps"):
                 await line.backend.ready()
             await stream.aclose()
+
+    run(scenario)
+
+
+def test_a_replica_knows_what_waits_at_all_ingresses(run: Run) -> None:
+    async def scenario() -> None:
+        async with connected() as line:
+            other = LineBackend(line.find, secret=SECRET, limits=PATIENT)
+            other.start()
+            line.backend.queue = lambda: Queue(3, 1.5)
+            other.queue = lambda: Queue(4, 0.5)
+            await until(lambda: line.servers[0].queue == Queue(7, 1.5))
+            line.backend.queue = Queue
+            await until(lambda: line.servers[0].queue == Queue(4, 0.5))
+            await other.close()
+            await until(lambda: line.servers[0].queue == Queue())
 
     run(scenario)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
+
+import pytest
 
 from shoal.router.metrics_server import MAX_HEAD, serve_metrics
 from shoal.runtime.errors import Unavailable
@@ -90,7 +93,7 @@ def test_a_failing_scrape_is_an_answer() -> None:
     asyncio.run(run())
 
 
-def test_who_cannot_have_the_port_waits_for_it() -> None:
+def test_who_cannot_have_the_port_waits_for_it_and_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         port = free_port()
 
@@ -108,3 +111,18 @@ def test_who_cannot_have_the_port_waits_for_it() -> None:
         await asyncio.wait([second])
 
     asyncio.run(run())
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_an_address_that_is_not_here_is_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        task = asyncio.create_task(serve_metrics(scrape, host="192.0.2.1", port=free_port(), retry_s=0.01))
+        while not caplog.records:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(run())
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "192.0.2.1" in record.getMessage()

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from shoal.router.config import RouterConfig
-from shoal.runtime.errors import QueueFull, RowFailed
+from shoal.runtime.errors import CacheMiss, LogLost, QueueFull, RowFailed
 from shoal.runtime.generation import GenerationRequest
 
 from .fakes import ANSWER, MODEL, Server, wait_for
@@ -158,6 +158,22 @@ def test_the_client_retries_when_told_to(server: Server) -> None:
         answer = client.chat.completions.create(model=MODEL, messages=HI)
     assert answer.choices[0].message.content == ANSWER
     assert len(server.backend.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [RowFailed("two replicas were lost while they computed it"), CacheMiss("none"), LogLost("it is gone")]
+)
+def test_the_client_does_not_retry_what_would_come_to_the_same(server: Server, error: Exception) -> None:
+    def failing(request: GenerationRequest, i: int) -> None:
+        raise error
+
+    server.backend.before = failing
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-test", max_retries=2) as client,
+        pytest.raises((openai.InternalServerError, openai.ConflictError)),
+    ):
+        client.chat.completions.create(model=MODEL, messages=HI)
+    assert len(server.backend.requests) == 1
 
 
 def test_an_error_in_mid_stream_reaches_the_client(client: openai.OpenAI, server: Server) -> None:

@@ -251,6 +251,7 @@ SCRIPT_6 = "ERR Error running script (call to f_abc): @user_script:1: @user_scri
         ("LOADING Redis is loading the dataset in memory", "loading", False, True),
         ("BUSY Redis is busy running a script", "busy", False, True),
         ("NOAUTH Authentication required.", "auth", False, True),
+        ("ERR Protocol error: unauthenticated multibulk length", "auth", False, True),
         ("CLUSTERDOWN The cluster is down", "cluster", False, True),
         ("MASTERDOWN Link with MASTER is down", "cluster", False, True),
         ("MOVED 3999 127.0.0.1:6381", "cluster", False, True),

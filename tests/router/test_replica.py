@@ -241,8 +241,9 @@ async def not_ready(backend: LineBackend, reason: str) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_a_replica_that_is_shut_down_drains_and_closes() -> None:
+def test_a_replica_that_is_shut_down_drains_and_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last events arrive."""
+    monkeypatch.setattr("shoal.router.replica.TURN_S", 0.0)
     engine = FakeEngine()
     engine.batches = [[token(i)] for i in range(20)] + [[token(20, end=FinishReason.ABORT)]]
 

@@ -109,18 +109,25 @@ def test_what_is_refused_is_logged_with_a_code(server: Server, log: Log) -> None
     def full(request: GenerationRequest, i: int) -> None:
         raise QueueFull(f"no room for {PROMPT}", retry_after=1.0)
 
-    for id, status, error, body, headers in (
-        ("wrong", 401, "invalid_api_key", HI, {"authorization": "Bearer wrong"}),
-        ("unknown", 404, "model_not_found", HI | {"model": PROMPT}, AUTH),
-        ("bad", 400, "invalid_type", HI | {"temperature": "warm"}, AUTH),
-        ("full", 429, "queue_full", HI, AUTH),
+    for id, status, error, param, body, headers in (
+        ("wrong", 401, "invalid_api_key", None, HI, {"authorization": "Bearer wrong"}),
+        ("unknown", 404, "model_not_found", "model", HI | {"model": PROMPT}, AUTH),
+        ("bad", 400, "invalid_type", "temperature", HI | {"temperature": "warm"}, AUTH),
+        ("below", 400, "invalid_type", "metadata", HI | {"metadata": {PROMPT: 1}}, AUTH),
+        ("full", 429, "queue_full", None, HI, AUTH),
     ):
         server.backend.before = full if id == "full" else None
         assert server.post(CHAT, body, x_request_id=id, **headers).status == status
         line = log.of(id)
-        assert (line["status"], line["error"]) == (status, error)
+        assert (line["status"], line["error"], line.get("param")) == (status, error, param)
         assert ("tenant" in line) == (id != "wrong")
         assert ("output_tokens" in line) == (id == "full")
+
+
+def test_what_is_no_route_is_logged_as_such(server: Server, log: Log) -> None:
+    assert server.get(f"/v1/{PROMPT}", x_request_id="lost", **AUTH).status == 404
+    assert server.get(CHAT, x_request_id="got", **AUTH).status == 405
+    assert [log.of(id)["error"] for id in ("lost", "got")] == ["route_not_found", "method_not_allowed"]
 
 
 def test_streams_that_end_early(server: Server, log: Log) -> None:
@@ -196,6 +203,8 @@ def test_nothing_secret_in_any_record(server: Server, log: Log) -> None:
         HI | {"n": PROMPT},
         HI | {"model": PROMPT},
         f'{{"x": "{PROMPT}'.encode(),
+        f'{{"{PROMPT}": 1, "{PROMPT}": 2}}'.encode(),
+        HI | {"logit_bias": {PROMPT: "x"}},
     ):
         assert server.post(CHAT, body, **AUTH).status in (400, 404)
     server.post(CHAT, HI | {"surplus": PROMPT}, authorization=f"Bearer {KEY}")

@@ -173,7 +173,7 @@ def test_all_who_come_are_held_and_one_replica_is_woken() -> None:
         assert [answer.status for answer in answers] == [200] * 6
         assert [answer.text for answer in answers] == wanted
         assert all(came_at + 40 < answer.ended_at < came_at + 45 for answer in answers)
-        assert (town.num_wakes, town.ingress.model.sleep.num_waiting) == (1, 0)
+        assert (town.num_wakes, len(town.ingress.model.sleep.held)) == (1, 0)
         await town.fleet.check_at_rest()
 
     run(scenario)
@@ -246,11 +246,60 @@ def test_demand_lasts_while_anybody_waits() -> None:
         town = Town(start_s=100.0)
         leaving = [asyncio.create_task(town.ask(leaves_after=leaves)) for leaves in (5.0, 15.0)]
         await asyncio.sleep(10)
-        assert (town.num_cut, town.ingress.model.sleep.num_waiting) == (0, 1)
+        assert (town.num_cut, len(town.ingress.model.sleep.held)) == (0, 1)
         await asyncio.wait(leaving)
         await asyncio.sleep(SOON_S)
-        assert (town.num_cut, town.ingress.model.sleep.num_waiting) == (1, 0)
+        assert (town.num_cut, len(town.ingress.model.sleep.held)) == (1, 0)
         assert not town.fleet.up
+
+    run(scenario)
+
+
+async def metric(town: Town, name: str) -> float:
+    """Of stable."""
+    (line,) = [line for line in (await town.get("/metrics")).body.decode().splitlines() if line.startswith(name + "{")]
+    series, value = line.rsplit(" ", 1)
+    assert series == name + '{variant="stable"}'
+    return float(value)
+
+
+async def part(town: Town) -> Any:
+    (told,) = json.loads((await town.get("/v1/cluster")).body)["parts"]
+    return told
+
+
+def test_who_is_held_shows() -> None:
+    async def scenario() -> None:
+        town = Town(start_s=30.0)
+        assert (await metric(town, "shoal_held_requests"), await metric(town, "shoal_held_seconds")) == (0, 0)
+        first = asyncio.create_task(town.ask(seed=1))
+        await asyncio.sleep(10)
+        second = asyncio.create_task(town.ask(seed=2))
+        await asyncio.sleep(10)
+        assert await metric(town, "shoal_held_requests") == 2
+        assert await metric(town, "shoal_held_seconds") == pytest.approx(20, abs=SOON_S)
+        told = await part(town)
+        assert (told["name"], told["ready"], told["held"]) == ("stable", 0, 2)
+        assert await metric(town, "shoal_replicas_ready") == 0
+        await asyncio.gather(first, second)
+        assert (await metric(town, "shoal_held_requests"), await metric(town, "shoal_held_seconds")) == (0, 0)
+        assert await metric(town, "shoal_replicas_ready") == 1
+
+    run(scenario)
+
+
+def test_who_waits_for_a_place_is_known_by_part() -> None:
+    async def scenario() -> None:
+        town = Town(asleep=False, max_in_flight=1)
+        asked = [asyncio.create_task(town.ask(seed=seed)) for seed in range(4)]
+        await asyncio.sleep(STEP_S)
+        queue = town.ingress.model.queue
+        assert (len(queue), (await part(town))["queued"]) == (3, 3)
+        waited = queue.longest_s
+        await asyncio.sleep(STEP_S)
+        assert queue.longest_s == pytest.approx(waited + STEP_S)
+        await asyncio.gather(*asked)
+        assert (len(queue), queue.longest_s) == (0, 0.0)
 
     run(scenario)
 

@@ -270,6 +270,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "blank": {"grammar": "\n" * 65_000},
     "no choice": {"choice": []},
     "long regex": {"regex": "a" * 70_000},
+    "too large once it has begun": {"regex": "a{1000000}"},
 }
 HEAVY: dict[str, dict[str, Any]] = {  # may be refused or may work, soon
     "endless": {"json": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}},
@@ -298,6 +299,11 @@ def test_what_cannot_work_is_refused_soon(name: str, checker: GrammarCompiler) -
         checker.check(StructuredOutputs(**HOSTILE[name]))
     assert time.monotonic() - start < 6
     assert len(str(error.value)) < 600
+
+
+def test_what_nothing_satisfies_is_said_in_words(checker: GrammarCompiler) -> None:
+    with pytest.raises(InvalidRequest, match="nothing that could follow satisfies it"):
+        checker.check(StructuredOutputs(**HOSTILE["self ref"]))
 
 
 @pytest.mark.parametrize("name", HEAVY)

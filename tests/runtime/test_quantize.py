@@ -30,6 +30,8 @@ from shoal.runtime.quantize_search import (
     Moments,
     SymmetricGrid,
     ZeroPointGrid,
+    fit_scales,
+    polish,
     refine,
     round_compensated,
     round_nearest,
@@ -112,7 +114,31 @@ def test_compensation_loses_a_quarter_less_than_rounding(grid: Grid) -> None:
     assert compensated_lost < 0.75 * lost
     refined = refine(weight_FD, compensated, moments.gram(), grid)
     assert refined.scale_FG is compensated.scale_FG
-    assert outputs_error(x_TD, weight_FD, refined.dense()) < compensated_lost
+    refined_lost = outputs_error(x_TD, weight_FD, refined.dense())
+    assert refined_lost < compensated_lost
+    polished = polish(weight_FD, compensated, moments.gram(), grid)
+    assert outputs_error(x_TD, weight_FD, polished.dense()) < 0.97 * refined_lost
+
+
+def test_scales_that_are_off_are_fitted_to_their_codes_and_no_row_gets_worse() -> None:
+    x_TD, weight_FD = inputs_and_weight()
+    gram_DD = x_TD.T @ x_TD
+    grid = ZeroPointGrid(4, torch.float32, 32)
+    right = round_nearest(weight_FD, grid)
+    right = right._replace(codes_FD=right.codes_FD.clone())
+    assert right.zero_FG is not None
+    right.codes_FD[7] = right.zero_FG[7].repeat_interleave(32)  # a row of zeros: nothing to fit
+    off = right._replace(
+        scale_FG=right.scale_FG * torch.linspace(0.5, 1.5, right.scale_FG.numel()).view_as(right.scale_FG)
+    )
+    fitted = fit_scales(right.dense(), off, gram_DD)
+    assert torch.equal(fitted.scale_FG[7], off.scale_FG[7])
+    others = torch.arange(len(weight_FD)) != 7
+    torch.testing.assert_close(fitted.scale_FG[others], right.scale_FG[others], rtol=0.02, atol=0)
+    before_FD, after_FD = off.dense() - weight_FD, fit_scales(weight_FD, off, gram_DD).dense() - weight_FD
+    lost_F, left_F = (((delta_FD @ gram_DD) * delta_FD).sum(1) for delta_FD in (before_FD, after_FD))
+    assert (left_F <= lost_F * 1.0001).all()
+    assert left_F.sum() < 0.5 * lost_F.sum()
 
 
 def test_scaled_inputs_lose_less_where_some_are_large() -> None:
@@ -190,7 +216,7 @@ def test_scaling_changes_no_more_than_rounding(family: str, tmp_path: Path) -> N
             moment.add(x_TD)
     grid = SymmetricGrid(8, torch.float32, 16)
     original = Original(parts, moments, matrix=checkpoint.tensor, vector=checkpoint.tensor)
-    layer = quantise_layer(original, grid, scaled=True)
+    layer = quantise_layer(original, {part.role: grid for part in parts}, scaled=True)
     assert {why.partition(":")[0] for why in layer.unscaled} == UNSCALED.get(family, set())
     runs[0].advance(checkpoint, 0)
     runs[1].advance(AsDense(checkpoint, layer.dense()), 0)
@@ -266,6 +292,29 @@ def test_a_written_model_reads_back_as_the_layout_says_and_is_near_its_original(
     found = compare(model, out, shipped_text("evaluation")[:400], device=CPU)
     assert 0 < found.error_mean < bound
     assert abs(found.loss) < bound
+
+
+def test_four_bits_keep_eight_where_it_hurts_most_and_say_so(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    report = quantize(model, tmp_path / "out", Recipe("int4"), calibration=TEXT, device=CPU)
+    fine = "model.layers.1.mlp.down_proj"
+    assert report.finer == [fine]
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [(group["targets"], group["weights"]["num_bits"]) for group in groups.values()] == [
+        (["Linear"], 4),
+        ([fine], 8),
+    ]
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored[f"{fine}.weight_packed"].shape == (64, 96 // 4)
+    assert stored["model.layers.0.mlp.down_proj.weight_packed"].shape == (64, 96 // 8)
+    num_bytes = sum(tensor.nbytes for name, tensor in stored.items() if ".weight_" in name)
+    num_weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3)
+    assert report.bits == pytest.approx(8 * num_bytes / num_weights)
+    recipe = Recipe("int4", ignore=("lm_head", fine))
+    assert quantize(model, tmp_path / "dense", recipe, calibration=TEXT, device=CPU).finer == []
+    with pytest.raises(ConfigError, match="--format int4: the model is already quantised so"):
+        quantize(tmp_path / "out", tmp_path / "again", Recipe("int4"), calibration=TEXT, device=CPU)
 
 
 def test_the_same_input_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:

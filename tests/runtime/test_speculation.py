@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.kernels.native import load_native
 from shoal.kernels.reference import ReferenceOps
+from shoal.kernels.select import select_ops
 from shoal.runtime.batch import SequenceTable
+from shoal.runtime.build_speculation import plan_draft
+from shoal.runtime.config import EngineConfig
 from shoal.runtime.errors import ConfigError
 from shoal.runtime.generation import GenerationRequest, SamplingParams, StructuredOutputs
 from shoal.runtime.grammar import GrammarCompiler
+from shoal.runtime.loader import load_decoder
+from shoal.runtime.memory import workspace_bytes
+from shoal.runtime.models.spec import ModelSpec
 from shoal.runtime.plan import Admission, Slice, StepPlan, StepResult, drawn_by
 from shoal.runtime.propose import Ask
 from shoal.runtime.propose_ngram import NgramProposer, PairIndex
+from shoal.runtime.rank import open_checkpoint
 from shoal.runtime.sampler import Sampler
 from shoal.runtime.sequence import Limits
 from shoal.runtime.speculation import REST
@@ -25,6 +35,8 @@ from ..tiny import EOS as BYTE_EOS
 from ..tiny import byte_text
 from .fakes import VOCAB, Stepwise
 from .harness import Harness
+from .test_gguf import reference_model, write_model
+from .test_grid import save_tiny
 
 CPU = torch.device("cpu")
 
@@ -275,14 +287,7 @@ def test_looking_ahead_gives_the_masks_of_saying_it_and_says_nothing() -> None:
 # Configuration
 
 
-def test_a_model_of_another_vocabulary_is_refused_with_both_sizes(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from shoal.runtime.build_speculation import plan_draft
-    from shoal.runtime.config import EngineConfig
-    from shoal.runtime.models.spec import ModelSpec
-    from shoal.runtime.rank import open_checkpoint
-
-    from .test_grid import save_tiny
-
+def test_a_model_of_another_vocabulary_is_refused_with_both_sizes(tmp_path: Path) -> None:
     model, other = save_tiny(tmp_path / "a", "llama"), save_tiny(tmp_path / "b", "llama", vocab_size=90)
     short = save_tiny(tmp_path / "c", "llama", max_position_embeddings=32)
     spec = ModelSpec.from_config(open_checkpoint(model).config)
@@ -292,3 +297,18 @@ def test_a_model_of_another_vocabulary_is_refused_with_both_sizes(tmp_path) -> N
     with pytest.raises(ConfigError, match=r"32 positions, below the 64 of --max-model-len"):
         plan_draft(EngineConfig(**fields, speculative_model=str(short)), spec)
     assert plan_draft(EngineConfig(**fields, speculative_model="ngram"), spec) is None
+
+
+def test_a_quantised_model_is_counted_as_it_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_model(path, "llama", reference_model("llama"), GGMLQuantizationType.Q4_1)
+    spec = ModelSpec.from_config(open_checkpoint(path).config)
+    fields = {"model": str(path), "device": "cpu", "dtype": "bfloat16", "max_model_len": 64}
+    config = EngineConfig(**fields, speculative_model=str(path))
+    draft = plan_draft(config, spec)
+    assert draft is not None
+    planned = draft.fixed_bytes - workspace_bytes(draft.share, config, torch.bfloat16)
+    loaded = load_decoder(open_checkpoint(path), spec, ops=select_ops(CPU), dtype=torch.bfloat16).weight_bytes
+    assert planned == pytest.approx(loaded, rel=0.15)  # tiny matrices are padded to whole tiles
+    if load_native() is not None:
+        assert planned < 0.6 * 2 * draft.share.num_weights()

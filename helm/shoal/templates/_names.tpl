@@ -9,7 +9,7 @@
 
 {{- define "shoal.labels" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
@@ -17,9 +17,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{/* Of Ray's pods. KubeRay's own services select by app.kubernetes.io/name, so that one stays KubeRay's. */}}
 {{- define "shoal.podLabels" -}}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/part-of: {{ .root.Chart.Name }}
-shoal/part: {{ .part }}
+shoal/part: {{ .part | quote }}
 {{- end }}
 
 {{- define "shoal.image" -}}
@@ -31,7 +31,12 @@ shoal/part: {{ .part }}
 {{- end }}
 
 {{- define "shoal.redisHost" -}}
-{{ printf "%s-redis.%s.svc" (include "shoal.name" .) .Release.Namespace }}
+{{ printf "%s.%s.svc" (include "shoal.redisName" .) .Release.Namespace }}
+{{- end }}
+
+{{/* Of the StatefulSet: its pods carry it with a hash of ten digits behind in a label, which holds 63 characters. */}}
+{{- define "shoal.redisName" -}}
+{{ printf "%s-redis" (include "shoal.name" . | trunc 46 | trimSuffix "-") }}
 {{- end }}
 
 {{/* Seconds that the answers of a worker's pod may go on for when it is to go. */}}

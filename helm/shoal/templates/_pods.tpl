@@ -13,7 +13,7 @@ spec:
   {{- if $worker }}
   automountServiceAccountToken: false
   {{- with $values.serviceAccount.name }}
-  serviceAccountName: {{ . }}
+  serviceAccountName: {{ . | quote }}
   {{- end }}
   {{- end }}
   {{- with $values.image.pullSecrets }}
@@ -22,10 +22,10 @@ spec:
   terminationGracePeriodSeconds: {{ ternary (add (include "shoal.drain" . | int) 30) 30 $worker }}
   securityContext: {{- include "shoal.podSecurity" (dict "id" 1000) | nindent 4 }}
   {{- with .pods.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with .pods.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with .pods.nodeSelector }}
   nodeSelector: {{- toYaml . | nindent 4 }}
@@ -97,7 +97,7 @@ spec:
     {{- if $worker }}
     - name: secrets
       secret:
-        secretName: {{ include "shoal.secret" $root }}
+        secretName: {{ include "shoal.secret" $root | quote }}
         defaultMode: 288  # 0440
         items:
           - {key: cluster-secret, path: cluster-secret}
@@ -122,19 +122,27 @@ spec:
 {{- define "shoal.redisFiles" -}}
 {{- $redis := include "shoal.redis" .root | fromJson }}
 {{- if and $redis.secret (eq .part "router") }}
-- secret: {name: {{ $redis.secret }}, items: [{key: redis-password, path: password}]}
+- secret: {name: {{ $redis.secret | quote }}, items: [{key: redis-password, path: password}]}
 {{- end }}
 {{- if and $redis.ca (has .part (list "head" "router")) }}
-- secret: {name: {{ $redis.ca }}, items: [{key: ca.crt, path: ca.crt}]}
+- secret: {name: {{ $redis.ca | quote }}, items: [{key: ca.crt, path: ca.crt}]}
 {{- end }}
 {{- end }}
 
 {{/* cluster/ray_env.py's settings of a node (tests/helm holds them equal), where caches lie, and what was given. */}}
 {{- define "shoal.env" -}}
+{{- include "shoal.ownEnv" . }}
+{{- with .root.Values.cluster.env }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "shoal.ownEnv" -}}
 {{- $values := .root.Values }}
 {{- $fast := ternary "1" "0" (dig "haproxy" true $values.server) | quote -}}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: RAY_worker_niceness, value: "0"}
+- {name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S, value: "30"}
 - {name: RAY_AUTH_MODE, value: token}
 - {name: RAY_SERVE_THROUGHPUT_OPTIMIZED, value: {{ $fast }}}
 - {name: RAY_SERVE_ENABLE_HA_PROXY, value: {{ $fast }}}
@@ -152,11 +160,8 @@ spec:
 - {name: HF_HOME, value: {{ $values.weights.path | quote }}}
 - {name: HF_HUB_OFFLINE, value: "1"}
 {{- $redis := include "shoal.redis" .root | fromJson }}
-{{- if and (eq .part "head") $redis.ca }}
-- {name: RAY_REDIS_CA_CERT, value: /etc/shoal/redis/ca.crt}
-{{- end }}
-{{- with $values.cluster.env }}
-{{ toYaml . }}
+{{- if and (eq .part "head") (hasPrefix "rediss" ($redis.url | default "")) }}
+- {name: RAY_REDIS_CA_CERT, value: {{ ternary "/etc/shoal/redis/ca.crt" "/etc/ssl/certs/ca-certificates.crt" (not (empty $redis.ca)) }}}
 {{- end }}
 {{- end }}
 

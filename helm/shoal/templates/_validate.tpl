@@ -1,9 +1,30 @@
+{{/* A null takes a default away, and templates would stumble over the hole. */}}
+{{- define "shoal.whole" -}}
+{{- range $path := list "engine" "router" "server" "variants" "models" "rollout" "image" "image.repository" "image.pullPolicy" "secrets" "weights"
+    "weights.source" "weights.path" "weights.hub" "weights.objectStore" "weights.pvc" "weights.cache" "weights.cache.sizeLimit" "cluster"
+    "cluster.rayVersion" "cluster.idleTimeoutSeconds" "cluster.deletionDelaySeconds" "cluster.upgrade" "cluster.upgrade.type" "cluster.autoscaler"
+    "cluster.head" "cluster.head.resources" "cluster.head.tmpSize" "cluster.router" "cluster.router.resources" "cluster.router.tmpSize"
+    "cluster.replica" "cluster.replica.resources" "cluster.replica.tmpSize" "cluster.replica.gpusPerNode" "cluster.replica.gpuResource"
+    "cluster.replica.surge" "cluster.parts" "redis" "redis.mode" "redis.external" "redis.image" "redis.tls" "redis.persistence" "redis.maxMemory"
+    "service" "service.type" "service.port" "ingress" "httpRoute" "monitoring" "monitoring.port" "monitoring.interval" "networkPolicy"
+    "networkPolicy.operator" "networkPolicy.monitoring" "podDisruptionBudget" "serviceAccount" }}
+{{- $at := $.Values }}
+{{- range splitList "." $path }}
+{{- if not (hasKey $at .) }}{{ fail (printf "%s has no value: leave the key out for the chart's own" $path) }}{{ end }}
+{{- $at = get $at . }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* What the schema cannot say is refused here: the value, the limit, the knob. */}}
 {{- define "shoal.validate" -}}
 {{- $name := include "shoal.name" . }}
 {{- $cluster := .Values.cluster }}
 {{- if gt (len $name) 47 }}
 {{- fail (printf "the name %q has %d characters; KubeRay takes at most 47: choose a shorter release name, or set fullnameOverride" $name (len $name)) }}
+{{- end }}
+{{- if not (kindIs "string" (printf "name: %s" $name | fromYaml).name) }}
+{{- fail (printf "the name %q is no text to YAML: choose another release name, or set fullnameOverride" $name) }}
 {{- end }}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) }}
 {{- fail (printf "the name %q must begin with a letter and have lower-case letters, digits and hyphens only: set fullnameOverride" $name) }}
@@ -16,13 +37,18 @@
 {{- include "shoal.validatePart" . }}
 {{- end }}
 {{- range $part, $_ := $cluster.parts }}
-{{- if not (has $part $names) }}{{ fail (printf "cluster.parts.%s: there is no such part; there are %s" $part (join ", " (slice $names 2))) }}{{ end }}
+{{- if not (has $part (slice $names 2)) }}{{ fail (printf "cluster.parts.%s: there is no such part; there are %s" $part (join ", " (slice $names 2))) }}{{ end }}
 {{- end }}
 {{- include "shoal.validateRollout" (dict "rollout" .Values.rollout "variants" (prepend .Values.variants (dict "name" "stable"))) }}
 {{- include "shoal.validateWeights" (dict "weights" .Values.weights "parts" $parts) }}
 {{- include "shoal.validateRedis" . }}
 {{- include "shoal.validateUpgrade" . }}
+{{- include "shoal.validateServed" (dict "parts" $parts "router" .Values.router) }}
+{{- $taken := list "RAY_AUTH_TOKEN" "RAY_enable_autoscaler_v2" }}
+{{- range include "shoal.ownEnv" (dict "root" . "part" "head") | fromYamlArray }}{{ $taken = append $taken .name }}{{ end }}
 {{- range $cluster.env }}
+{{- if has .name $taken }}{{ fail (printf "cluster.env has %s, which the chart or KubeRay sets, or which stands there twice: a pod may have it once" .name) }}{{ end }}
+{{- $taken = append $taken .name }}
 {{- if has .name (list "RAY_REDIS_ADDRESS" "REDIS_PASSWORD" "REDIS_USERNAME" "RAY_external_storage_namespace") }}
 {{- fail (printf "cluster.env has %s, which is the other way to make the head's state outlive it: KubeRay takes one; use redis and cluster.gcsFaultTolerance" .name) }}
 {{- end }}
@@ -40,6 +66,8 @@
 {{- if mod (int .pp) (int .stages) }}
 {{- fail (printf "%s: %d stages of %d GPUs do not fill machines of %d GPUs evenly (%d stages each): choose a pipeline_parallel_size that %d divides, or set cluster.replica.gpusPerNode" .where (int .pp) (int .tp) $per (int .stages) (int .stages)) }}
 {{- end }}
+{{- $block := dig "block_size" 32 .engine | int }}
+{{- if not (has $block (list 16 32 64 128 256)) }}{{ fail (printf "%s: block_size is %d, and must be a power of two: 16, 32, 64, 128 or 256" .where $block) }}{{ end }}
 {{- with get .engine "pp_layers" }}
 {{- if and (kindIs "slice" .) (ne (len .) (int $.pp)) }}
 {{- fail (printf "%s: pp_layers names %d stages and pipeline_parallel_size is %d" $.where (len .) (int $.pp)) }}
@@ -50,7 +78,42 @@
 {{- end }}
 {{- end }}
 
+{{/* Names that clients ask for, and what the ladder falls to. */}}
+{{- define "shoal.validateServed" -}}
+{{- $owners := dict }}
+{{- range .parts }}
+{{- if not .variant }}
+{{- $part := . }}
+{{- $names := .served_model_name }}
+{{- if eq .name "stable" }}{{ $names = $.router.served_model_name | default list }}{{ end }}
+{{- range $names | default (list (ternary (base .engine.model | trimSuffix ".gguf") .engine.model (hasPrefix "/" .engine.model))) }}
+{{- if hasKey $owners . }}
+{{- fail (printf "%s: it would be served as %q, as %s is: give it a served_model_name of its own" $part.where . (get $owners .)) }}
+{{- end }}
+{{- $_ := set $owners . $part.where }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- $last := 0.0 }}
+{{- range $i, $rung := .router.ladder }}
+{{- $model := $rung.model | default "" }}
+{{- if and $model (eq (get $owners $model | default "engine") "engine") }}
+{{- fail (printf "router.ladder: there is no other model %q to fall to: add it under models" $model) }}
+{{- end }}
+{{- if not (or $rung.max_tokens $rung.truncate_to $model $rung.shed) }}{{ fail (printf "router.ladder: the rung at load %v gives nothing up: max_tokens, truncate_to, model or shed" $rung.load) }}{{ end }}
+{{- if le (float64 $rung.load) (float64 $last) }}{{ fail (printf "router.ladder: the rung at load %v stands no higher than the one before, at %v" $rung.load $last) }}{{ end }}
+{{- $last = $rung.load }}
+{{- end }}
+{{- $tenants := list }}
+{{- range .router.tenants }}
+{{- if has .name $tenants }}{{ fail (printf "router.tenants: two tenants have the name %q" .name) }}{{ end }}
+{{- $tenants = append $tenants .name }}
+{{- end }}
+{{- end }}
+
 {{- define "shoal.validateRollout" -}}
+{{- $weights := get .rollout "weights" | default dict }}
+{{- if and $weights (not (without (values $weights | toStrings) "0")) }}{{ fail "rollout.weights: all are 0: nobody would answer" }}{{ end }}
 {{- $names := list }}
 {{- range .variants }}{{ $names = append $names .name }}{{ end }}
 {{- range $field := list "weights" "shadow" }}
@@ -62,6 +125,9 @@
 
 {{- define "shoal.validateWeights" -}}
 {{- $weights := .weights }}
+{{- range list "/tmp" "/home" "/home/shoal" "/etc/" "/opt/" "/usr/" "/dev/" "/proc/" "/sys/" "/bin/" "/lib/" }}
+{{- if or (eq (clean $weights.path) (clean .)) (and (hasSuffix "/" .) (hasPrefix . $weights.path)) }}{{ fail (printf "weights.path is %s, and %s is the pods' own: choose another, such as /models" $weights.path .) }}{{ end }}
+{{- end }}
 {{- $source := $weights.source }}
 {{- if and (eq $source "pvc") (not $weights.pvc.claimName) }}{{ fail "weights.source is pvc: set weights.pvc.claimName" }}{{ end }}
 {{- if and (eq $source "objectStore") (not $weights.objectStore.url) }}{{ fail "weights.source is objectStore: set weights.objectStore.url" }}{{ end }}

@@ -4,7 +4,7 @@ mountPath: {{ .path }}
 {{- if eq .source "pvc" }}
 readOnly: true
 {{- with .pvc.subPath }}
-subPath: {{ . }}
+subPath: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -12,9 +12,9 @@ subPath: {{ . }}
 {{- define "shoal.weightsVolume" -}}
 - name: weights
   {{- if eq .source "pvc" }}
-  persistentVolumeClaim: {claimName: {{ .pvc.claimName }}, readOnly: true}
+  persistentVolumeClaim: {claimName: {{ .pvc.claimName | quote }}, readOnly: true}
   {{- else if .cache.claimName }}
-  persistentVolumeClaim: {claimName: {{ .cache.claimName }}}
+  persistentVolumeClaim: {claimName: {{ .cache.claimName | quote }}}
   {{- else }}
   emptyDir: {sizeLimit: {{ .cache.sizeLimit }}}
   {{- end }}
@@ -61,7 +61,7 @@ env:
   {{- end }}
   {{- with $weights.hub.existingSecret }}
   - name: HF_TOKEN
-    valueFrom: {secretKeyRef: {name: {{ . }}, key: token}}
+    valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: token}}
   {{- end }}
 {{- end }}
 
@@ -93,6 +93,6 @@ env:
   - {name: WEIGHTS, value: {{ trimSuffix "/" $weights.path | quote }}}
 {{- with $store.existingSecret }}
 envFrom:
-  - secretRef: {name: {{ . }}}
+  - secretRef: {name: {{ . | quote }}}
 {{- end }}
 {{- end }}
