@@ -19,7 +19,7 @@ SAMPLED_ROWS = 512  # outputs on which exponents are tried
 BLOCK = 128  # columns whose errors are passed on together, where groups do not say
 ROUNDS = 2  # of fitting scales to codes, and codes to scales
 FITTED_ROWS = 1024  # whose scales are fitted together: each takes G^2 numbers
-SHRINKAGE = 0.1  # how little a text is believed about which inputs go together
+SHRINKAGE = 0.25  # how little a text is believed about which inputs go together
 DAMPING = 1e-3  # of G's mean diagonal, added to it: inputs that the text never moved stay solvable
 FP8_MAX = 448.0  # of e4m3
 
