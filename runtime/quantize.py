@@ -209,7 +209,7 @@ class _Job:
         return layer
 
     def _format_of(self, part: Part, layer: int) -> Format:
-        """The MLPs' outputs hurt most, above all in the first and the last layers. Which are finer is as llama.cpp chooses
+        """The MLPs' outputs hurt most, above all in the first and last layers. Which are finer is as llama.cpp chooses
         for its Q4_K_M: about an eighth of the layers at either end, and every third in between."""
         num, end = self.spec.num_layers, self.spec.num_layers // 8
         is_finer = layer < end or layer >= 7 * num // 8 or (layer - end) % 3 == 2
