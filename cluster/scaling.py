@@ -342,9 +342,7 @@ class Scaling:
         """Whether so many could also take over what the fullest of the others still owe."""
         owed = sorted((report.tokens_owed for report in view.replicas.values() if report), reverse=True)
         handed = sum(owed[: view.target - target]) * self._token_s()
-        kv = sum(report.kv_usage for report in view.replicas.values() if report)
-        work = MARGIN * self._coming(now)[0] + handed / DRAIN_S
-        return work <= target * self._max_load and kv <= target * self.config.kv_usage
+        return MARGIN * self._coming(now)[0] + handed / DRAIN_S <= target * self._max_load
 
     def _bounded(self, replicas: int, reason: str, words: str) -> Decision:
         low, high = self.config.min_replicas, self.config.max_replicas

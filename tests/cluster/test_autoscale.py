@@ -235,6 +235,25 @@ def test_what_a_leaver_owes_must_fit() -> None:
         assert (target < 3) == fits
 
 
+def test_nobody_goes_while_some_are_on_their_way() -> None:
+    for num_there, goes in ((8, True), (7, False)):
+        plant = Plant(told(scale_down_after_s=60), replicas=8).run(50, 8.0)
+        for _ in range(200):
+            plant._pass_a_second(8)
+            there = dict(list(owing(plant, 10).items())[:num_there])
+            target = plant.scaling.decide(View(target=8, replicas=there), plant.now).replicas
+            if target < 8:
+                break
+        assert (target < 8) == goes
+
+
+def test_late_first_tokens_ask_for_one_more_than_those_that_stay() -> None:
+    plant = Plant(told(ttft_s=1.0), replicas=3).run(300, 6.0)
+    late = {name: worker.report(ttft_s=3.0, owed=10) for name, worker in plant.workers.items()}
+    leaving = {name: replace(report, leaving=name == "r1") for name, report in late.items()}
+    assert plant.scaling.decide(View(target=2, replicas=leaving), plant.now + 1).replicas == 3
+
+
 def test_who_leaves_is_no_capacity() -> None:
     plant = Plant(told(), replicas=4, start_s=1e9).run(300, 12.0)
     assert plant.target == 4
