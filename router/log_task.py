@@ -81,6 +81,7 @@ class LogTask:
         self._wanted = False  # by some other ingress
         self._has_head = False  # the log's own: of whoever began it
         self._differs = False  # from what the store has
+        self._is_shared = True  # the stream is to have it while it grows
         self._failure: ShoalError | None = None  # of the generation, for all who wait for it
 
     # Three ways to begin
@@ -181,7 +182,7 @@ class LogTask:
         self._sent = len(tape.tokens) if is_new else 0  # what was read here may be more than the stream has now
 
     async def _begin(self) -> None:
-        self._has_head = True
+        self._has_head, self._is_shared = True, False
         self.log.settle(CacheStatus.MISS)
 
     async def _find(self) -> None:
@@ -222,7 +223,7 @@ class LogTask:
     def _part(self) -> None:
         """From the store's log: go on alone for those who read here."""
         self._meter.rejected.labels("differs").inc()
-        self._role, self._wanted, self._differs = Role.ALONE, False, True
+        self._role, self._wanted, self._differs, self._is_shared = Role.ALONE, False, True, False
 
     # Leading
 
@@ -233,7 +234,7 @@ class LogTask:
         try:
             while not producer.done():
                 await self._bell.wait(min(FOLLOWED_S if self._wanted else UNFOLLOWED_S, self._shared.beat_s))
-                if log.is_live and not self._differs:
+                if log.is_live and self._is_shared:
                     await self._flush()
                 if not log.is_live or self._role is Role.TAILS or not (log.readers or self._wanted):
                     return

@@ -121,6 +121,20 @@ def test_modes():
     play(scenario)
 
 
+def test_a_refreshed_answer_is_made_anew_while_the_last_one_still_lingers():
+    async def scenario() -> None:
+        one, two = ingresses(2)
+        asked = request(length=200)
+        await one.read(asked)
+        one.model.salt = 1  # another answer, as of other numerics
+        got = await two.read(asked, mode=CacheMode.REFRESH)
+        assert (got.status, got.tokens) == (CacheStatus.MISS, answer(asked, 1))
+        await at_rest()
+        assert (await one.read(asked)).tokens == answer(asked, 1)
+
+    play(scenario)
+
+
 def test_scopes_do_not_share():
     async def scenario() -> None:
         one, two = ingresses(2)
