@@ -24,7 +24,7 @@ demo: $(STAMP).demo
 
 # Tests with a Ray of their own come one at a time. Either half may have none of what ARGS selects (5).
 test: $(STAMP).dev $(STAMP).demo $(STAMP).helm
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not ray" $(ARGS) || test $$? -eq 5
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not ray" $(ARGS) || test $$? -eq 5
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m ray $(ARGS) || test $$? -eq 5
 
 check: $(STAMP).dev

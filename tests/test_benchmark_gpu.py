@@ -9,6 +9,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+pytestmark = pytest.mark.slow
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:

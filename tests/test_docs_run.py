@@ -19,6 +19,8 @@ from .cluster.plans import QWEN3_8B, folder
 from .helm.chart import CHART, helm, needs_helm
 from .test_docs import COMMANDS, EACH, PAGES, ROOT, blocks, commands
 
+pytestmark = pytest.mark.slow
+
 HUB_ID = "Qwen/Qwen3-8B"
 RUN = ("plan", "config", "ray-up", "keys", "version")
 RUN_ELSEWHERE = {

@@ -17,6 +17,8 @@ from shoal.cluster.sim_autoscale_world import ScaledWorld
 from shoal.router.load_report import LoadReport
 from shoal.runtime.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def small(**values: Any) -> AutoscaleSimConfig:
     """Eight minutes on slow machines: some hundred requests."""

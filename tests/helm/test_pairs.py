@@ -22,7 +22,7 @@ from .crds import ray_service_schema, repeated, validators
 from .kuberay import complaints
 from .test_chart import KUBERNETES, OTHERS
 
-pytestmark = needs_helm
+pytestmark = [needs_helm, pytest.mark.slow]
 PATH = "/models/org/name"
 OFF: Values = {}
 CHOICES: dict[str, list[Values]] = {

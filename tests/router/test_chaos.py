@@ -40,6 +40,8 @@ from . import virtual_time
 from .fakes import INFO, MODEL, byte_level_text
 from .fleet import Fleet, LinedFleet, undisturbed
 
+pytestmark = pytest.mark.slow
+
 TENANT = Tenant(name="t", salt="salt")
 LATE_S = 0.5  # behind its deadline a request has ended by then, where no replica stands still
 PER_S = 16.0  # requests

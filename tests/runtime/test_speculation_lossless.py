@@ -22,6 +22,8 @@ from .grid_engine import engine_over
 from .test_grid import save_tiny
 from .test_speculation_engine import VOCAB, converse, guessing
 
+pytestmark = pytest.mark.slow
+
 MAX_LEN = 96
 PROMPT = "abcabcabcabcabc"
 FIELDS: dict[str, Any] = {
