@@ -82,13 +82,12 @@ return {redis.call('EXISTS', KEYS[3]), last(KEYS[2])}
 class Opened(msgspec.Struct, frozen=True):
     """kept: the log is finished. leads: the lease is ours; `parts` is what the stream had. Neither: another one leads.
 
-    is_there: somebody has begun it. is_up: the store said so. may_be_there: it could not be asked just now.
+    is_there: somebody has begun it, as far as the store said. may_be_there: it could not be asked just now.
     """
 
     kept: Kept | None = None
     leads: bool = False
     is_there: bool = True
-    is_up: bool = True
     may_be_there: bool = False
     parts: list[Part] = []
 

@@ -3,8 +3,9 @@
     settle ── a finished log ─────────────────────────────────────────────> end
        ├──── the lease is ours ──> LEADS <── its leader is gone ──┐
        ├──── another one leads ──> TAILS ─────────────────────────┤
-       └──── no store ───────────> ALONE <── no store, or it differs
-                                     └───> LEADS, once there is a store that has nothing else
+       └──── no store ───────────> ALONE <── no store ────────────┘
+                                     └──> LEADS, once there is a store that has nothing else
+    refresh, or the store's log differs ──> APART, to its end
 
 One generation runs while it leads or is alone; its tokens are read here at once, and every so often all that are new go
 to the store. Where that did not answer they go there later: a log that it does not have cannot be continued elsewhere.
@@ -49,7 +50,8 @@ RETRY_S = 0.1  # between two looks for a store that does not answer
 class Role(Enum):
     LEADS = auto()
     TAILS = auto()
-    ALONE = auto()
+    ALONE = auto()  # until there is a store
+    APART = auto()  # whatever the store has
 
 
 class LogTask:
@@ -81,7 +83,6 @@ class LogTask:
         self._wanted = False  # by some other ingress
         self._has_head = False  # the log's own: of whoever began it
         self._differs = False  # from what the store has
-        self._is_shared = True  # the stream is to have it while it grows
         self._failure: ShoalError | None = None  # of the generation, for all who wait for it
 
     # Three ways to begin
@@ -155,9 +156,9 @@ class LogTask:
                     return Opened(kept=kept)
                 return await self._link.open(Part(0, head=self.log.tape.head), only_if_there=only_if_there)
         except StoreAbsent:
-            return Opened(is_there=False, is_up=False)
+            return Opened(is_there=False)
         except (StoreDown, TimeoutError):
-            return Opened(is_there=False, is_up=False, may_be_there=True)
+            return Opened(is_there=False, may_be_there=True)
 
     def _settle(self, opened: Opened) -> None:
         log = self.log
@@ -175,14 +176,14 @@ class LogTask:
     def _take(self, opened: Opened) -> None:
         """Be what the store says we are, with what it has of the log."""
         tape = self.log.tape
-        self._role = Role.LEADS if opened.leads else Role.TAILS if opened.is_up else Role.ALONE
+        self._role = Role.LEADS if opened.leads else Role.TAILS if opened.is_there else Role.ALONE
         self._due = _now() + self._shared.beat_s
         is_new = not tape.tokens
         self._absorb([opened.kept.log] if opened.kept is not None else opened.parts)
         self._sent = len(tape.tokens) if is_new else 0  # what was read here may be more than the stream has now
 
     async def _begin(self) -> None:
-        self._has_head, self._is_shared = True, False
+        self._has_head, self._role = True, Role.APART
         self.log.settle(CacheStatus.MISS)
 
     async def _find(self) -> None:
@@ -223,7 +224,7 @@ class LogTask:
     def _part(self) -> None:
         """From the store's log: go on alone for those who read here."""
         self._meter.rejected.labels("differs").inc()
-        self._role, self._wanted, self._differs, self._is_shared = Role.ALONE, False, True, False
+        self._role, self._wanted, self._differs = Role.APART, False, True
 
     # Leading
 
@@ -234,7 +235,7 @@ class LogTask:
         try:
             while not producer.done():
                 await self._bell.wait(min(FOLLOWED_S if self._wanted else UNFOLLOWED_S, self._shared.beat_s))
-                if log.is_live and self._is_shared:
+                if log.is_live and self._role is not Role.APART:
                     await self._flush()
                 if not log.is_live or self._role is Role.TAILS or not (log.readers or self._wanted):
                     return
