@@ -66,12 +66,11 @@ def serve(
     """
     if model is not None:
         overrides["engine", "model"] = model
-    from .config import load_config, served
-    from .preflight import file_problems, grid_problems, model_problems, port_problems
+    from .config import load_config
+    from .preflight import HERE
     from .serve import serve_forever
 
-    checks = (served, file_problems, port_problems, model_problems, grid_problems)
-    raise typer.Exit(serve_forever(load_config(overrides, file=config, checks=checks)))
+    raise typer.Exit(serve_forever(load_config(overrides, file=config, checks=HERE)))
 
 
 @app.command()

@@ -37,11 +37,12 @@ def run_demo(overrides: dict[tuple[str, str], Any], *, once: bool) -> int:
         print(f"The demo model is not installed (98 MB). Bring it with:\n\n    {INSTALL}\n", file=sys.stderr)
         return 1
     from .config import load_config
+    from .preflight import HERE
     from .progress import Progress
     from .serve import running, wait_for_end
 
     named = {("engine", "model"): str(file), ("router", "served_model_name"): [NAME]}
-    config = load_config({**overrides, **named})
+    config = load_config({**overrides, **named}, checks=HERE)
     with Progress() as progress, running(config, progress) as url:
         print(f"Ready after {progress.elapsed_s:.1f} s.\n", flush=True)
         _ask(url)

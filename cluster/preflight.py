@@ -11,7 +11,7 @@ from ..router.redis_url import parse_redis_url
 from ..runtime.config import EngineConfig
 from ..runtime.errors import ConfigError, InvalidRequest, StartupError
 from ..runtime.hub import resolve_model
-from .config import EMBEDDED, NO_REDIS, ShoalConfig
+from .config import EMBEDDED, NO_REDIS, Check, ShoalConfig, served
 from .config_checks import placed_parts
 from .config_errors import Problem
 from .secret import api_keys_in, redis_password_in, secret_of
@@ -55,22 +55,6 @@ def read_chat_template(file: Path | None) -> str | None:
     except (UnicodeDecodeError, InvalidRequest) as error:
         raise ConfigError(f"--chat-template {file}: {error}") from None
     return source
-
-
-def check_grid(engine: EngineConfig) -> None:
-    """See that the model can be cut so, before anything starts. One rank alone always can: then nothing is read.
-
-    Raises:
-        ConfigError, CheckpointError: with what is possible.
-    """
-    if engine.grid.size == 1:
-        return
-    from ..runtime.models.spec import ModelSpec
-    from ..runtime.rank import open_checkpoint
-    from ..runtime.share import deal
-
-    config = open_checkpoint(resolve_model(engine.model)).config
-    deal(ModelSpec.from_config(config, max_len=engine.max_model_len), engine.grid, engine.pp_layers)
 
 
 def port_problems(config: ShoalConfig) -> Iterator[Problem]:
@@ -139,3 +123,7 @@ def grid_problems(config: ShoalConfig) -> Iterator[Problem]:
         except StartupError as error:
             field = str(error).partition(":")[0].partition(" ")[0].removeprefix("--").replace("-", "_")
             yield Problem((*path, "engine", field if field in EngineConfig.model_fields else "model"), str(error))
+
+
+HERE: tuple[Check, ...] = (served, file_problems, port_problems, model_problems, grid_problems)
+"""What a service on this machine is held against, before anything of it starts."""

@@ -26,11 +26,10 @@ from typing import TYPE_CHECKING
 
 from ..kernels.native_build import UnavailableError, build_library
 from ..runtime.errors import StartupError
-from ..runtime.hub import resolve_model
 from .board import Board
-from .config import EMBEDDED, NO_REDIS, ShoalConfig, check_supported, is_loopback
+from .config import EMBEDDED, NO_REDIS, ShoalConfig, is_loopback
 from .parts import parts
-from .preflight import check_grid, free_port, read_chat_template
+from .preflight import free_port
 from .processes import Stop, adopting_orphans, ignore_signals, raise_on_signals
 from .progress import Progress
 from .ray_env import leave_out_daemons, ray_environment
@@ -60,17 +59,13 @@ def serve_forever(config: ShoalConfig) -> int:
 def running(config: ShoalConfig, progress: Progress) -> Iterator[str]:
     """The service, ready, and its URL; on exit nothing of it is left. `Stop` ends the block quietly.
 
+    config: one that `preflight.HERE` finds nothing in.
+
     Raises:
         ConfigError: refused before anything starts. StartupError: it did not become ready. Stop: a signal came before.
     """
-    check_supported(config)
     config = on_this_machine(config)
     port = free_port(config.server.host, config.server.port)
-    for part in parts(config):
-        resolve_model(part.engine.model)
-    read_chat_template(config.router.chat_template)
-    for part in parts(config):
-        check_grid(part.engine)
     if config.engine.device != "cuda":
         compile_ahead()
     run_dir = Path(tempfile.mkdtemp(prefix="shoal-"))
