@@ -13,7 +13,7 @@ from shoal.router.config import RouterConfig
 from shoal.runtime.errors import CacheMiss, InvalidRequest, LogLost, Unavailable
 from shoal.runtime.generation import FinishReason, GenerationRequest, TokenEvent
 
-from .cache_fakes import REPRODUCIBLE, Model, answer, at_rest, event_of, ingresses, play, read, request
+from .cache_fakes import REPRODUCIBLE, Ingress, Model, answer, at_rest, event_of, ingresses, play, read, request
 
 DRAWN = Caching(scope="tenant", is_reproducible=False)
 NAMED = Caching(scope="tenant", is_reproducible=False, idempotency=("once", 0))
@@ -222,9 +222,7 @@ def test_a_log_is_continued_once_the_store_can_be_asked():
     async def scenario() -> None:
         one, two = ingresses(2)
         asked = request(temperature=1.0, length=300)
-        reading = one.open(asked, NAMED)
-        while not one.model.tokens_made:
-            await anext(reading)
+        await begun(one, asked, tokens=1)
         await asyncio.sleep(0.5)
         one.kill()
         two.store.down = True
@@ -244,9 +242,7 @@ def test_one_whose_store_fails_before_it_told_how_the_log_began_does_not_begin_a
     async def scenario() -> None:
         one, two = ingresses(2)
         asked = request(temperature=1.0, length=300)
-        reading = one.open(asked, NAMED)
-        while not one.model.tokens_made:
-            await anext(reading)
+        reading = await begun(one, asked, tokens=1)
         again = two.open(request(temperature=1.0, seed=8, length=300), NAMED, resumes=True)
         await again.settled()  # it knows that there is a leader, and nothing else yet
         two.store.down = True
@@ -266,9 +262,7 @@ def test_a_log_begun_without_the_store_goes_there_once_it_is_back(params: dict[s
         one, two = ingresses(2)
         first, again = (request(seed=seed, length=500, **params) for seed in (1, 2))
         one.store.down = True
-        reading = one.open(first, NAMED)
-        while one.model.tokens_made < 100:
-            await anext(reading)
+        await begun(one, first, tokens=100)
         one.store.down = False
         await asyncio.sleep(1)
         made = one.model.tokens_made
@@ -293,6 +287,14 @@ def test_two_that_began_one_log_without_the_store_each_go_on_with_their_own():
         assert [(await got).tokens for got in both] == [answer(first), answer(second)]
 
     play(scenario)
+
+
+async def begun(ingress: Ingress, asked: GenerationRequest, *, tokens: int) -> Reading:
+    """A reading under a key, of which so many tokens have been made."""
+    reading = ingress.open(asked, NAMED)
+    while ingress.model.tokens_made < tokens:
+        await anext(reading)
+    return reading
 
 
 async def read_rest(reading: Reading) -> None:
