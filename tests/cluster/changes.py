@@ -74,6 +74,10 @@ class Service:
         found: dict[str, str] = json.loads(self.command(kind))
         return found
 
+    def ingress_ports(self) -> list[int]:
+        """Each one's own, past the proxy that shares requests out."""
+        return sorted(json.loads(self.command("ports")).values())
+
     def _heard(self) -> str:
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -82,9 +86,9 @@ class Service:
         self._log.seek(0)
         pytest.fail(self._log.read()[-6000:])
 
-    def get(self, path: str) -> str:
-        """Of either ingress."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+    def get(self, path: str, *, port: int | None = None) -> str:
+        """Of the ingress at that port of its own, or of any."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=30) as answer:
             return str(answer.read().decode())
 
     def sums(self, sample: str, label: str, **where: str) -> Counter[str]:

@@ -4,7 +4,8 @@ The ingresses lie on the head; replicas do, too, or where there are further node
 is 200, then obeys its standard input until that ends: "tell JSON" applies a config with these changes of its sections,
 "deploy JSON" does and waits until all runs, "drain NODE SECONDS" puts down the notice of a node, "drain-node NODE" is
 the command of that name; it answers each with a line. "replicas" and "ingresses" answer with what Ray has of them, each
-one's node by its process. Arguments: folder, with a config in it, and how many further nodes.
+one's node by its process; "ports" with each ingress's own, by its name. Arguments: folder, with a config in it, and how
+many further nodes.
 """
 
 import json
@@ -79,6 +80,16 @@ def actors(kind: str) -> dict[int, str]:
     return {actor["Pid"]: actor["Address"]["NodeID"] for actor in found if actor["ActorClassName"].endswith(kind)}
 
 
+def ports() -> dict[str, int]:
+    """Where HAProxy finds each ingress."""
+    import ray
+    from ray.serve.context import _get_global_client
+
+    client: Any = _get_global_client()
+    groups = ray.get(client._controller.get_target_groups.remote(from_proxy_manager=True))
+    return {target.name: target.port for group in groups for target in group.targets}
+
+
 def main(folder: Path, num_nodes: int) -> None:
     run_dir = tempfile.mkdtemp(prefix="shoal-")  # a short name: HAProxy has sockets there
     os.environ.update(ray_environment(Path(run_dir), haproxy=True))
@@ -115,6 +126,8 @@ def main(folder: Path, num_nodes: int) -> None:
                 answer("done")
             elif command == "drain-node":
                 answer(json.dumps(drain_node(rest[0].strip(), str(cluster.address))))
+            elif command == "ports":
+                answer(json.dumps(ports()))
             else:
                 answer(json.dumps(actors({"replicas": ":replica", "ingresses": ":ingress"}[command])))
         serve.shutdown()
