@@ -42,9 +42,9 @@ def read_model(model: str, *, quantization: str | None, max_len: int | None) -> 
     Raises:
         ConfigError, CheckpointError: it is none of these, or cannot be read so.
     """
+    from ..runtime.model_config import read_json
     from ..runtime.models.spec_cache import remembered_spec
     from ..runtime.rank import open_checkpoint
-    from ..runtime.safetensors_checkpoint import read_json
     from ..runtime.weight_plan import StoredAs, StoredIn
 
     path = _find(model)

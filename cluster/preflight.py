@@ -103,9 +103,8 @@ def _readable(file: Path) -> None:
 
 def grid_problems(config: ShoalConfig) -> Iterator[Problem]:
     """Grids that cannot be, of the models that are here, whose configs are read; others may be on the nodes alone."""
+    from ..runtime.model_config import model_config
     from ..runtime.models.spec_cache import remembered_spec
-    from ..runtime.rank import open_checkpoint
-    from ..runtime.safetensors_checkpoint import read_json
     from ..runtime.share import deal
 
     for path, part in placed_parts(config):
@@ -117,9 +116,7 @@ def grid_problems(config: ShoalConfig) -> Iterator[Problem]:
         except ConfigError:
             continue
         try:
-            is_file = model.suffix == ".gguf"
-            told = open_checkpoint(model).config if is_file else read_json(model / "config.json")
-            deal(remembered_spec(told, max_len=engine.max_model_len), engine.grid, engine.pp_layers)
+            deal(remembered_spec(model_config(model), max_len=engine.max_model_len), engine.grid, engine.pp_layers)
         except StartupError as error:
             field = str(error).partition(":")[0].partition(" ")[0].removeprefix("--").replace("-", "_")
             yield Problem((*path, "engine", field if field in EngineConfig.model_fields else "model"), str(error))

@@ -8,12 +8,15 @@ Shape letters, used here and wherever tensors meet:
     N  pages (KV blocks) of the whole cache   B  slots in a page   P  pages in a block-table row
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from torch import Tensor, device, dtype
+if TYPE_CHECKING:  # who only reads a model's config waits for no torch
+    from torch import Tensor, device, dtype
 
 
 class Activation(Enum):

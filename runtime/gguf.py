@@ -41,7 +41,7 @@ class GGUFCheckpoint:
                 raise CheckpointError(
                     f"{path}: tensor {gguf_name!r} has no place in a {self.metadata.architecture!r} model"
                 )
-        self.config = self._make_config()
+        self.config = build_config(self.file)
 
     def names(self) -> list[str]:
         return list(self._places)
@@ -149,24 +149,4 @@ class GGUFCheckpoint:
         """Rows of blocks as numbers: [rows, weights], a fresh tensor."""
         if entry.format in _FLOATS:
             return torch.from_numpy(np.array(block_rows)).view(_FLOATS[entry.format])
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        try:
-            values = dequantize(np.ascontiguousarray(block_rows), GGMLQuantizationType[entry.format])
-        except NotImplementedError as error:
-            raise CheckpointError(f"{self.file.path}: cannot read {entry.format} blocks: {error}") from error
-        return torch.from_numpy(values)
-
-    def _make_config(self) -> dict[str, Any]:
-        shapes = {name: entry.shape for name, entry in self.file.tensors.items()}
-        factors = self.file.tensors.get("rope_freqs.weight")
-        values = None
-        if factors is not None:
-            values = self._dense(factors, self.file.rows("rope_freqs.weight")).float().flatten().numpy()
-        config = build_config(self.metadata, shapes, values)
-        formats = {entry.format for entry in self.file.tensors.values() if len(entry.shape) > 1}
-        # Blocks dequantise to float32, but nothing in them is finer than bfloat16: what the models were trained in.
-        only = next(iter(formats)) if len(formats) == 1 else ""
-        config["dtype"] = str(_FLOATS.get(only, torch.bfloat16)).removeprefix("torch.")
-        return config
+        return torch.from_numpy(self.file.numbers(entry, block_rows))

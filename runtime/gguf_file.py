@@ -83,6 +83,17 @@ class GGUFFile:
         raw = np.frombuffer(self._map, np.uint8, entry.num_bytes, entry.offset)
         return raw.reshape(-1, entry.row_bytes)
 
+    def numbers(self, entry: TensorEntry, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Rows of its blocks as numbers: [rows, weights]. Raises CheckpointError."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        try:
+            values: NDArray[np.float32] = dequantize(np.ascontiguousarray(rows), GGMLQuantizationType[entry.format])
+        except NotImplementedError as error:
+            raise CheckpointError(f"{self.path}: cannot read {entry.format} blocks: {error}") from error
+        return values
+
 
 class _Cursor:
     """Reads forward over the mapped file, never past its end."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CheckpointError
-from .gguf_file import MetaValue
+from .gguf_file import GGUFFile, MetaValue
 
 Shapes = dict[str, tuple[int, ...]]
 _T = TypeVar("_T", bound=int | float | str)
@@ -126,6 +126,7 @@ FAMILIES = {
     "gemma3": _dense("gemma3_text", "Gemma3ForCausalLM", _GEMMA3_LAYER, _ADDED),
     "gpt2": Family("gpt2", "GPT2LMHeadModel", "transformer.h", _GPT2_TOP, _GPT2_LAYER, _GPT2_KEYS, _TURNED),
 }
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 IGNORED_TENSORS = frozenset({"rope_freqs.weight"})  # its content goes into the config's rope_parameters
 
 
@@ -163,8 +164,10 @@ def family_of(metadata: Metadata) -> Family:
     return FAMILIES[metadata.architecture]
 
 
-def build_config(metadata: Metadata, shapes: Shapes, rope_factors: NDArray[np.float32] | None) -> dict[str, Any]:
-    """What the model's `config.json` would say. `rope_factors`: the content of `rope_freqs.weight`, if it is there."""
+def build_config(file: GGUFFile) -> dict[str, Any]:
+    """What the model's `config.json` would say. Raises CheckpointError."""
+    metadata = Metadata(file.metadata, file.path)
+    shapes = {name: entry.shape for name, entry in file.tensors.items()}
     family = family_of(metadata)
     config: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.config_class]}
     for key, hf_key in family.keys.items():
@@ -174,13 +177,22 @@ def build_config(metadata: Metadata, shapes: Shapes, rope_factors: NDArray[np.fl
     config |= _special_ids(metadata)
     if family.model_type != "gpt2":
         config |= _heads(metadata)
-        config["rope_parameters"] = _rope(metadata, config, rope_factors)
+        config["rope_parameters"] = _rope(metadata, config, _rope_factors(file))
     match family.model_type:
         case "llama":
             config |= _llama_extras(metadata, shapes)
         case "gemma3_text":
             config |= _gemma3_extras(metadata, config)
+    formats = {entry.format for entry in file.tensors.values() if len(entry.shape) > 1}
+    # Blocks dequantise to float32, but nothing in them is finer than bfloat16: what the models were trained in.
+    config["dtype"] = _FLOATS.get(formats.pop(), "bfloat16") if len(formats) == 1 else "bfloat16"
     return config
+
+
+def _rope_factors(file: GGUFFile) -> NDArray[np.float32] | None:
+    name = "rope_freqs.weight"
+    entry = file.tensors.get(name)
+    return None if entry is None else file.numbers(entry, file.rows(name)).flatten()
 
 
 def _special_ids(metadata: Metadata) -> dict[str, Any]:

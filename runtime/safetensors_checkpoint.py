@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoint import Cut
 from .errors import CheckpointError
+from .model_config import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -177,14 +178,3 @@ class SafetensorsCheckpoint:
         if path not in self._files:
             self._files[path] = SafetensorsFile(path)
         return self._files[path]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a file. Raises CheckpointError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,3 +236,20 @@ def test_a_port_that_is_taken_has_its_line(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         said = unserved(tmp_path, f"{ENGINE}server:\n  port: {port}\n")
     assert f":3: can not listen on 127.0.0.1 port {port}: Address already in use" in said
+
+
+def test_what_a_start_is_held_against_takes_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing heavy is imported before Ray starts, once the model's config was read: a grid's check needs no torch."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # where specs are remembered
+    (tmp_path / "config.json").write_text(CONFIG)
+    flags = {("engine", "model"): str(tmp_path), ("engine", "tensor_parallel_size"): 2, ("server", "port"): 0}
+    code = (
+        "import sys\n"
+        "from shoal.cluster.config import load_config\n"
+        "from shoal.cluster.preflight import HERE\n"
+        f"load_config({flags!r}, checks=HERE)\n"
+        "print([name for name in ('torch', 'transformers', 'ray', 'fastapi') if name in sys.modules])\n"
+    )
+    said = [subprocess.check_output([sys.executable, "-P", "-c", code], text=True).strip() for _ in range(2)]
+    assert "transformers" in said[0]
+    assert said[1] == "[]"
