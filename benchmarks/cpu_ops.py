@@ -198,7 +198,7 @@ def sampling_rows(all_ops: AllOps) -> None:
                 seed_R=torch.arange(rows),
                 position_R=torch.arange(rows),
                 all_greedy=temperature == 0,
-                any_top_k=top_k > 0,
+                max_top_k=top_k,
                 any_top_p=top_p < 1,
                 any_min_p=False,
             )

@@ -365,7 +365,7 @@ def sampling_of(
         seed_R=torch.arange(rows, device=on),
         position_R=torch.arange(rows, device=on),
         all_greedy=temperature == 0,
-        any_top_k=top_k > 0,
+        max_top_k=top_k,
         any_top_p=top_p < 1,
         any_min_p=False,
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 from shoal.kernels.select import select_ops
 from shoal.parallel.comm import Comm
 from shoal.parallel.grid import Grid, Place
+from shoal.parallel.group import Begun
 from shoal.parallel.launcher import ProcessLauncher
 from shoal.parallel.rank import RankWorker
 from shoal.parallel.rank_group import RankGroup
@@ -94,8 +95,8 @@ class SleepWorker:
         self._decode = msgspec.msgpack.Decoder(StepPlan).decode
         self.details: dict[str, int | str] = {}
 
-    def step(self, plan: bytes) -> bytes | None:
-        return msgspec.msgpack.encode(self._worker.begin(self._decode(plan))())
+    def begin(self, plan: bytes) -> Begun[bytes | None]:
+        return self._worker.begin(self._decode(plan)).then(msgspec.msgpack.encode)
 
     def close(self) -> None:
         pass
@@ -111,11 +112,11 @@ class Measured:
         self._file = file
         self._steps: list[tuple[float, float, float]] = []
 
-    def step(self, plan: bytes) -> bytes | None:
+    def begin(self, plan: bytes) -> Begun[bytes | None]:
         began, waited = time.perf_counter(), self._station.seconds_waited
-        result = self._worker.step(plan)
+        begun = self._worker.begin(plan)  # on a CPU all of it
         self._steps.append((began, time.perf_counter(), self._station.seconds_waited - waited))
-        return result
+        return begun
 
     def close(self) -> None:
         steps = self._steps[WARM_STEPS:-WARM_STEPS]

@@ -207,7 +207,7 @@ class _Shapes:
             seed_R=places,
             position_R=places,
             all_greedy=temperature == 0,
-            any_top_k=top_k > 0,
+            max_top_k=top_k,
             any_top_p=top_p < 1,
             any_min_p=False,
         )

@@ -195,7 +195,7 @@ def _filter(scaled_1V: Tensor, sampling: SamplingBatch, one: slice) -> Tensor:
     """The plain way, by sorting the row."""
     if sampling.any_min_p:
         scaled_1V = filter_min_p(scaled_1V, sampling.min_p_R[one])
-    if sampling.any_top_k:
+    if sampling.max_top_k:
         scaled_1V = filter_top_k(scaled_1V, sampling.top_k_R[one])
     if sampling.any_top_p:
         scaled_1V = filter_top_p(scaled_1V, sampling.top_p_R[one])

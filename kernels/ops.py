@@ -114,8 +114,8 @@ class SamplingBatch:
     """How each row samples. All tensors are on the device.
 
     temperature 0 means greedy; top_k 0, top_p 1 and min_p 0 mean off. Seeds and positions feed the counter-based noise:
-    a row's token is a pure function of (logits, seed, position). The host-side flags say what no row uses, so that
-    whole passes are left out; they never change a row's result.
+    a row's token is a pure function of (logits, seed, position). What the host knows says what no row uses, so
+    that whole passes are left out; it never changes a row's result.
     """
 
     temperature_R: Tensor  # float32
@@ -125,7 +125,7 @@ class SamplingBatch:
     seed_R: Tensor  # int64, any value
     position_R: Tensor  # int64, of the token that is being drawn, from the start of the prompt
     all_greedy: bool
-    any_top_k: bool
+    max_top_k: int  # of the rows that are not greedy; 0: none
     any_top_p: bool
     any_min_p: bool
 

@@ -145,7 +145,7 @@ class ReferenceOps:
         """Logits with -inf for the tokens that min-p, top-k and top-p leave out, one after the other."""
         if sampling.any_min_p:
             scaled_RV = filter_min_p(scaled_RV, sampling.min_p_R)
-        if sampling.any_top_k:
+        if sampling.max_top_k:
             scaled_RV = filter_top_k(scaled_RV, sampling.top_k_R)
         if sampling.any_top_p:
             scaled_RV = filter_top_p(scaled_RV, sampling.top_p_R)

@@ -279,7 +279,7 @@ def draw(logits_RV: Tensor, sampling: SamplingBatch, *, first_id: int, threshold
 def _thresholds(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor | None:
     """[R] float32, the smallest scaled logit that each row keeps; None where no row filters."""
     rows, vocab = logits_RV.shape
-    filters = sampling.any_top_k or sampling.any_top_p or sampling.any_min_p
+    filters = sampling.max_top_k > 0 or sampling.any_top_p or sampling.any_min_p
     if sampling.all_greedy or not filters or not rows:
         return None
     assert logits_RV.stride(1) == 1
@@ -293,7 +293,7 @@ def _thresholds(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor | None:
         threshold_R,
         vocab,
         logits_RV.stride(0),
-        HAS_TOP_K=sampling.any_top_k,
+        HAS_TOP_K=sampling.max_top_k > 0,
         HAS_TOP_P=sampling.any_top_p,
         HAS_MIN_P=sampling.any_min_p,
         BLOCK=min(_SEARCH_BLOCK, triton.next_power_of_2(vocab)),

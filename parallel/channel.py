@@ -5,6 +5,7 @@ those whom the driver told it over the control line, and no handshake succeeds w
 """
 
 import math
+import time
 from collections.abc import Sequence
 
 import zmq
@@ -85,6 +86,12 @@ class Spoke:
             self._socket.send(message)
         except zmq.Again as problem:
             raise absent(DRIVER, "send", self._deadline_s) from problem
+
+    def poll(self, timeout_s: float) -> bool:
+        """Wait until a message is there; False if none has come by then. Of short waits: ZeroMQ counts in ms."""
+        if not self._socket.poll(0):
+            time.sleep(timeout_s)
+        return bool(self._socket.poll(0))
 
     def receive(self) -> bytes:
         """The next message; waits for ever."""

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
@@ -10,7 +11,8 @@ Plan = TypeVar("Plan")
 Result = TypeVar("Result")
 PlanIn = TypeVar("PlanIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
-
+T = TypeVar("T")
+U = TypeVar("U")
 
 Cause = Literal["killed", "lost", "exception", "hang"]
 
@@ -64,14 +66,27 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
     details: dict[str, int | str] = {}
 
 
-class Worker(Protocol[PlanIn, ResultOut]):
+@dataclass(frozen=True, slots=True)
+class Begun(Generic[T]):
+    """What has begun, and may go on by itself on a device.
+
+    result: waits for what it comes to; called once, in the order of what was begun. is_done: whether that would not
+    have to wait.
+    """
+
+    result: Callable[[], T]
+    is_done: Callable[[], bool] = lambda: True
+
+    def then(self, change: Callable[[T], U]) -> "Begun[U]":
+        """The same, and what is made of its result when that is asked for."""
+        return Begun(lambda: change(self.result()), self.is_done)
+
+
+class Worker(Protocol[PlanIn, Result]):
     """One rank: executes plans in the order they come. Only the output rank's result is looked at."""
 
-    def begin(self, plan: PlanIn) -> Callable[[], ResultOut]:
-        """Start a step. What it returns waits for the result: called once for each plan, in the order of the plans.
-
-        What has begun may go on meanwhile, on a device; a worker that computes by itself is done when this returns.
-        """
+    def begin(self, plan: PlanIn) -> Begun[Result]:
+        """Start a step. A worker that computes by itself is done when this returns."""
         ...
 
 
@@ -116,13 +131,13 @@ class LocalGroup(Generic[Plan, Result]):
         self.depth = depth
         self._worker = worker
         self._info = info or RankInfo(rank=0, stage=0, shard=0)
-        self._begun: deque[Callable[[], Result]] = deque()
+        self._begun: deque[Begun[Result]] = deque()
 
     def submit(self, plan: Plan) -> None:
         self._begun.append(self._worker.begin(plan))
 
     def collect(self) -> Result:
-        return self._begun.popleft()()
+        return self._begun.popleft().result()
 
     def check(self) -> None:
         pass

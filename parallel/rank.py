@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,16 +16,20 @@ import msgspec
 
 from .control import MAX_TEXT, ControlLine, Failed, Hello, RankStart, Ready, Wire, Wired, versions
 from .grid import Grid, Place
+from .group import Begun
 from .peer import PeerTimeout
 from .station import Station
 
 if TYPE_CHECKING:
     from .comm import Comm
     from .ring import Ring
+    from .wiring import RankWires
+
+LOOK_S = 50e-6  # between two looks at a device that computes, while no plan comes
 
 
 class SlotsFailed(Exception):
-    """A step failed, and these rows are to blame: raised by a worker's `step`, from what went wrong."""
+    """A step failed, and these rows are to blame: raised by a worker's step, from what went wrong."""
 
     def __init__(self, message: str, *, slots: tuple[int, ...]) -> None:
         super().__init__(message)
@@ -37,10 +42,10 @@ class RankWorker(Protocol):
     details: dict[str, int | str]
     """For `RankInfo`, once it is built."""
 
-    def step(self, plan: bytes) -> bytes | None:
-        """Execute a plan, in the order they come. The output rank returns the result, the others' is not looked at.
+    def begin(self, plan: bytes) -> Begun[bytes | None]:
+        """Start a step, in the order of the plans. The output rank has a result, the others' is not looked at.
 
-        What is raised ends the group. `SlotsFailed` names the rows.
+        What is raised here, or by the result, ends the group. `SlotsFailed` names the rows.
         """
         ...
 
@@ -105,13 +110,26 @@ def _serve(line: ControlLine, wire: Wire, place: Place, station: Station) -> Non
     line.send(Wired())
     worker = factory(wire.argument, place, comm=wires.comm, ring=wires.ring, station=station, progress=line.progress)
     line.send(Ready(worker.details))
-    while plan := wires.receive():  # an empty one is the end
-        result = worker.step(plan)
-        if place.answers:
-            assert result is not None, "the output rank has a result for every plan"
-            wires.send(result)
+    _obey(worker, wires, answers=place.answers)
     worker.close()
     wires.close()
+
+
+def _obey(worker: RankWorker, wires: RankWires, *, answers: bool) -> None:
+    """Plans, to the last one: an answer goes out as soon as it is there; until then whatever comes is begun behind it,
+    so that a device has its next step before it is done with this one."""
+    begun: deque[Begun[bytes | None]] = deque()
+    while True:
+        if begun and begun[0].is_done():
+            result = begun.popleft().result()
+            if answers:
+                assert result is not None, "the output rank has a result for every plan"
+                wires.send(result)
+        elif not begun or wires.poll(LOOK_S):
+            plan = wires.receive()
+            if not plan:  # the end
+                return
+            begun.append(worker.begin(plan))
 
 
 def load_factory(name: str) -> WorkerFactory:

@@ -157,7 +157,7 @@ class Cell:
                     if number[0] >= target:
                         return True
         if self._patience.yield_s:
-            end = began + self._patience.yield_s
+            end = began + min(self._patience.yield_s, timeout_s)
             while time.perf_counter() < end:
                 os.sched_yield()
                 if number[0] >= target:

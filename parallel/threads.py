@@ -140,7 +140,7 @@ class ThreadGroup(Generic[Plan, Result]):
         came_up.put(None)
         while (plan := life.plans[place.rank].get()) is not None:
             try:
-                result = worker.begin(plan)()
+                result = worker.begin(plan).result()
             except Exception as problem:  # noqa: BLE001 - told to whoever collects
                 if not life.is_over:
                     text = f"{place}: {type(problem).__name__}: {problem}"

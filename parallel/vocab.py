@@ -3,16 +3,18 @@
 Whatever ranks exchange is a maximum, a sum of integers or a gathering, so nothing depends on how the vocabulary is cut:
 
     greedy, temperature    one word a row: the best score of any rank, and the lowest id that has it
-    and for rows that filter, before it:
+    and before it, where a row filters:
     min-p                  the row's largest logit
-    top-k                  each rank's k largest logits
+    top-k                  each rank's k largest logits; of a large k as top-p, with one for each token
     top-p                  four histograms of mass over 256 ranges of logits, each inside the one before
 
 Log-probabilities: a maximum, a sum, and each rank's most likely tokens. A rank that holds no column takes part as if it
 held one that no row can draw.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from .partition import cut_vocab, length
 
 NEG_INF = float("-inf")
 _LAST_ID = (1 << 32) - 1
+MOST_SHOWN = 256  # logits of a row that ranks show each other; more cost more than counting all
 
 
 class VocabOps(Protocol):
@@ -47,14 +50,6 @@ def vocab_ops(ops: Ops, *, vocab_size: int, comm: Comm) -> VocabOps:
     return ops if comm.size == 1 else ShardedVocab(ops, vocab_size=vocab_size, comm=comm)
 
 
-class _Filters(NamedTuple):
-    """Of the rows that filter. top_k 0, top_p 1 and min_p 0 mean off."""
-
-    top_k_Q: Tensor
-    top_p_Q: Tensor
-    min_p_Q: Tensor
-
-
 class ShardedVocab:
     """`VocabOps` of a rank that shares its vocabulary with others. All call it with the same batch."""
 
@@ -66,7 +61,7 @@ class ShardedVocab:
         self._width = length(cut_vocab(vocab_size, shard=0, size=comm.size))  # the widest shard's
 
     def sample(self, logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
-        """See `VocabOps`. Waits for the device where a row filters: which rows do is asked first."""
+        """See `VocabOps`. Like the operations of `Ops` it does not wait for the device."""
         logits_RV = self._columns(logits_RV)
         threshold_R = self._thresholds(logits_RV, sampling)
         draw = self._ops.draw(logits_RV, sampling, first_id=self._mine.start, threshold_R=threshold_R)
@@ -82,69 +77,66 @@ class ShardedVocab:
     # Filters
 
     def _thresholds(self, logits_RV: Tensor, sampling: SamplingBatch) -> Tensor | None:
-        """[R] the smallest scaled logit each row keeps; None where no row filters."""
-        if sampling.all_greedy or not (sampling.any_top_k or sampling.any_top_p or sampling.any_min_p):
-            return None
-        top_k_R = torch.where(sampling.top_k_R < self._vocab_size, sampling.top_k_R, 0)
-        filters_R = (top_k_R > 0) | (sampling.top_p_R < 1) | (sampling.min_p_R > 0)
-        rows_Q = ((sampling.temperature_R > 0) & filters_R).nonzero()[:, 0]
-        if not len(rows_Q):
-            return None
-        scaled_QV = scale_by_temperature(logits_RV[rows_Q].float(), sampling.temperature_R[rows_Q])
-        threshold_R = torch.full_like(sampling.temperature_R, NEG_INF)
-        filters = _Filters(top_k_R[rows_Q], sampling.top_p_R[rows_Q], sampling.min_p_R[rows_Q])
-        threshold_R[rows_Q] = self._kept_from(scaled_QV, filters, any_top_p=sampling.any_top_p)
-        return threshold_R
+        """[R] the smallest scaled logit each row keeps, -inf for all; None where no row filters.
 
-    def _kept_from(self, scaled_QV: Tensor, filters: _Filters, *, any_top_p: bool) -> Tensor:
-        """[Q] the smallest that all filters keep; each looks at what the former left."""
-        highest_Q = self._comm.all_reduce_max(scaled_QV.amax(dim=-1).nan_to_num_(nan=float("inf"), neginf=NEG_INF))
-        highest_Q.masked_fill_(~highest_Q.isfinite(), 0)  # a row that cannot be drawn, whatever comes out
-        kept_Q = highest_Q + torch.log(filters.min_p_Q)
-        most = min(int(filters.top_k_Q.max()), self._width)
-        if most:
-            kept_Q = torch.maximum(kept_Q, self._kth_largest(scaled_QV, filters.top_k_Q, most))
-        if any_top_p:
-            masses_QV = nucleus_masses(scaled_QV, highest_Q[:, None])
-            masses_QV.masked_fill_(scaled_QV < kept_Q[:, None], 0)
-            border_Q = self._nucleus_border(scaled_QV, masses_QV, filters.top_p_Q)
-            kept_Q = torch.where(filters.top_p_Q < 1, border_Q, kept_Q)
-        return kept_Q
-
-    def _kth_largest(self, scaled_QV: Tensor, top_k_Q: Tensor, most: int) -> Tensor:
-        """[Q] the k-th largest of the whole row, -inf where k is 0. most: how many a rank must show at most."""
-        top_Qk = scaled_QV.topk(min(most, scaled_QV.shape[1]), dim=-1).values
-        top_Qk = F.pad(top_Qk, (0, most - top_Qk.shape[1]), value=NEG_INF)
-        gathered_QK = self._comm.all_gather(top_Qk.contiguous()).movedim(0, 1).flatten(1)
-        sorted_QK = gathered_QK.sort(dim=-1, descending=True).values
-        kth_Q = sorted_QK.gather(1, (top_k_Q.long() - 1).clamp_(min=0)[:, None])[:, 0]
-        return kth_Q.masked_fill_(top_k_Q <= 0, NEG_INF)
-
-    def _nucleus_border(self, scaled_QV: Tensor, masses_QV: Tensor, top_p_Q: Tensor) -> Tensor:
-        """[Q] the largest value at and above which lies `top_p` of the row's mass. Overwrites the masses.
-
-        A radix search: 256 ranges of order keys at a time, so four histograms end at one key.
+        Every row takes part: which ones filter the device alone knows, and it is not to be waited for.
         """
-        keys_QV = order_keys(scaled_QV)
-        prefix_Q1 = torch.zeros_like(keys_QV[:, :1])
-        need_Q1 = above_Q1 = torch.zeros_like(masses_QV[:, :1])
+        if sampling.all_greedy or not (sampling.max_top_k or sampling.any_top_p or sampling.any_min_p):
+            return None
+        scaled_RV = scale_by_temperature(logits_RV.float(), sampling.temperature_R)
+        highest_R = self._comm.all_reduce_max(scaled_RV.amax(dim=-1).nan_to_num_(nan=float("inf"), neginf=NEG_INF))
+        highest_R.masked_fill_(~highest_R.isfinite(), 0)  # a row that cannot be drawn, whatever comes out
+        kept_R = highest_R + torch.log(sampling.min_p_R)
+        if sampling.max_top_k:
+            kept_R = torch.maximum(kept_R, self._kth_largest(scaled_RV, sampling))
+        if sampling.any_top_p:
+            masses_RV = nucleus_masses(scaled_RV, highest_R[:, None])
+            masses_RV.masked_fill_(scaled_RV < kept_R[:, None], 0)
+            border_R = self._border(scaled_RV, masses_RV, partial(nucleus_need, top_p_R=sampling.top_p_R))
+            kept_R = torch.where(sampling.top_p_R < 1, border_R, kept_R)
+        return kept_R.masked_fill_(sampling.temperature_R == 0, NEG_INF)
+
+    def _kth_largest(self, scaled_RV: Tensor, sampling: SamplingBatch) -> Tensor:
+        """[R] the top_k-th largest of the whole row, -inf where there is no such."""
+        top_k_R = sampling.top_k_R.long()
+        most = sampling.max_top_k
+        if most > MOST_SHOWN:
+            kth_R = self._border(scaled_RV, torch.ones_like(scaled_RV, dtype=torch.int64), lambda _: top_k_R)
+        else:
+            shown = min(most, self._width)
+            top_Rk = scaled_RV.topk(min(shown, scaled_RV.shape[1]), dim=-1).values
+            top_Rk = F.pad(top_Rk, (0, shown - top_Rk.shape[1]), value=NEG_INF)
+            gathered_RK = self._comm.all_gather(top_Rk.contiguous()).movedim(0, 1).flatten(1)
+            sorted_RK = gathered_RK.sort(dim=-1, descending=True).values
+            kth_R = sorted_RK.gather(1, (top_k_R - 1).clamp_(0, sorted_RK.shape[1] - 1)[:, None])[:, 0]
+        return kth_R.masked_fill_((top_k_R <= 0) | (top_k_R >= self._vocab_size), NEG_INF)
+
+    def _border(self, scaled_RV: Tensor, weights_RV: Tensor, need: Callable[[Tensor], Tensor]) -> Tensor:
+        """[R] the largest value at and above which lies `need` of the row's weight, given all of it.
+
+        A radix search: 256 ranges of order keys at a time, so four histograms end at one key. weights_RV: int64, to be
+        overwritten.
+        """
+        keys_RV = order_keys(scaled_RV)
+        prefix_R1 = torch.zeros_like(keys_RV[:, :1])
+        need_R1 = above_R1 = torch.zeros_like(weights_RV[:, :1])
         for shift in (24, 16, 8, 0):
-            digits_QV = keys_QV >> shift
+            digits_RV = keys_RV >> shift
             if shift == 24:
-                digits_QV += 128  # the sign is in the first digit: as unsigned as the others
+                digits_RV += 128  # the sign is in the first digit: as unsigned as the others
             else:
-                masses_QV.masked_fill_((keys_QV >> (shift + 8)) != prefix_Q1, 0)
-                digits_QV &= 255
-            histogram_QB = masses_QV.new_zeros(len(keys_QV), 256).scatter_add_(1, digits_QV.long(), masses_QV)
-            histogram_QB = self._comm.all_reduce(histogram_QB)
-            reached_QB = above_Q1 + histogram_QB.flip(1).cumsum(1).flip(1)  # at and above each range's start
+                weights_RV.masked_fill_((keys_RV >> (shift + 8)) != prefix_R1, 0)
+                digits_RV &= 255
+            histogram_RB = weights_RV.new_zeros(len(keys_RV), 256).scatter_add_(1, digits_RV.long(), weights_RV)
+            histogram_RB = self._comm.all_reduce(histogram_RB)
+            reached_RB = above_R1 + histogram_RB.flip(1).cumsum(1).flip(1)  # at and above each range's start
             if shift == 24:
-                need_Q1 = nucleus_need(reached_QB[:, 0], top_p_Q)[:, None]
-            digit_Q1 = ((reached_QB >= need_Q1).sum(dim=-1, keepdim=True) - 1).clamp_(min=0)
-            above_Q1 = reached_QB.gather(1, digit_Q1) - histogram_QB.gather(1, digit_Q1)
-            digit_Q1 = digit_Q1.int()
-            prefix_Q1 = digit_Q1 - 128 if shift == 24 else (prefix_Q1 << 8) + digit_Q1
-        return from_order_keys(prefix_Q1[:, 0])
+                need_R1 = need(reached_RB[:, 0])[:, None]
+            digit_R1 = ((reached_RB >= need_R1).sum(dim=-1, keepdim=True) - 1).clamp_(min=0)
+            above_R1 = reached_RB.gather(1, digit_R1) - histogram_RB.gather(1, digit_R1)
+            digit_R1 = digit_R1.int()
+            prefix_R1 = digit_R1 - 128 if shift == 24 else (prefix_R1 << 8) + digit_R1
+        return from_order_keys(prefix_R1[:, 0])
 
     # Log-probabilities
 

@@ -162,10 +162,14 @@ class RankWires:
 
     comm: "Comm"
     ring: "Ring"
-    _plans: _In
+    _plans: _PolledIn
     _results: _Out
     _station: Station
     _ends: ExitStack
+
+    def poll(self, timeout_s: float) -> bool:
+        """Wait until a plan is there; False if none has come by then. The rank is where it was: it waits for more."""
+        return self._plans.poll(timeout_s)
 
     def receive(self) -> bytes:
         """The next plan, in order. Waits for ever: the one wait without a deadline."""
@@ -234,7 +238,7 @@ class _RankEnd:
                 unlink(layout.name)
         return segment
 
-    def lines(self, undo: ExitStack) -> tuple[_In, _Out]:
+    def lines(self, undo: ExitStack) -> tuple[_PolledIn, _Out]:
         """Where plans come from and results go to. Of ranks that do not answer nothing goes there."""
         wiring, rank, layout = self._wiring, self._place.rank, self._layout
         if layout.plans is None:

@@ -12,11 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..parallel.group import Begun
+
 UNKNOWN = -1
 """A token in the table, and in a batch, that is yet to be drawn."""
-
-Fetched = Callable[[], list[int]]
-"""Waits for tokens to be in the host's memory, and gives them."""
 
 
 class Recall(Protocol):
@@ -55,11 +54,11 @@ class LastTokens:
         self._tokens_N.index_copy_(0, slots_R, tokens_R.clamp(min=0))
 
 
-def fetch(tokens_R: Tensor) -> Fetched:
+def fetch(tokens_R: Tensor) -> Begun[list[int]]:
     """Queue the copy of what is being drawn; the tensor may be overwritten by whatever is launched next."""
     if tokens_R.device.type != "cuda":
         kept_R = tokens_R.clone()
-        return kept_R.tolist
+        return Begun(kept_R.tolist)
     host_R = torch.empty(tokens_R.shape, dtype=tokens_R.dtype, pin_memory=True)
     host_R.copy_(tokens_R, non_blocking=True)
     is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -70,4 +69,13 @@ def fetch(tokens_R: Tensor) -> Fetched:
         tokens: list[int] = host_R.tolist()
         return tokens
 
-    return wait
+    return Begun(wait, is_there.query)
+
+
+def reached(device: torch.device) -> Callable[[], bool]:
+    """Whether a device has come to the end of what was launched so far."""
+    if device.type != "cuda":
+        return lambda: True
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event.query

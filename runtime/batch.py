@@ -164,6 +164,7 @@ class SequenceTable:
     def _sampling(self, slots: NDArray[np.int64], positions: Ints) -> SamplingBatch:
         temperature, top_k = self._temperature[slots], self._top_k[slots]
         top_p, min_p = self._top_p[slots], self._min_p[slots]
+        draws = temperature > 0
         return SamplingBatch(
             temperature_R=self._tensor(temperature),
             top_k_R=self._tensor(top_k),
@@ -171,10 +172,10 @@ class SequenceTable:
             min_p_R=self._tensor(min_p),
             seed_R=self._tensor(self._seed[slots]),
             position_R=self._tensor(positions.astype(np.int64)),
-            all_greedy=not temperature.any(),
-            any_top_k=bool(top_k.any()),
-            any_top_p=bool((top_p < 1).any()),
-            any_min_p=bool(min_p.any()),
+            all_greedy=not draws.any(),
+            max_top_k=int(top_k[draws].max(initial=0)),
+            any_top_p=bool((top_p[draws] < 1).any()),
+            any_min_p=bool(min_p[draws].any()),
         )
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:

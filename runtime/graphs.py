@@ -269,7 +269,7 @@ def _blank_batch(rows: int) -> StepBatch:
         seed_R=longs,
         position_R=longs,
         all_greedy=False,
-        any_top_k=True,
+        max_top_k=2**31 - 1,
         any_top_p=True,
         any_min_p=True,
     )

@@ -20,6 +20,7 @@ from ..kernels.ops import KVLayer, Ops
 from ..kernels.select import select_ops
 from ..parallel.comm import Comm
 from ..parallel.grid import Grid, Place
+from ..parallel.group import Begun
 from ..parallel.ring import Ring
 from ..parallel.station import Station
 from . import kv
@@ -78,8 +79,8 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether a step is launched while the one before it computes: of one rank, in its driver's process."""
-        return self.tp == self.pp == 1 and self.depth > 1
+        """Whether a step is launched while the one before it computes: of ranks that draw what they embed."""
+        return self.pp == 1 and self.depth > 1
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(**self.config)
@@ -207,7 +208,7 @@ def _runner(
         cache,
         eager=eager,
         capture=cuda_capture(),
-        draw=ops.sample if comm.size == 1 else None,  # where the vocabulary is cut, drawing may wait for the device
+        draw=ops.sample if comm.size == 1 else None,  # shards would exchange for filters that no row has
         max_rows=config.max_num_seqs,
         max_model_len=config.max_model_len or decoder.spec.max_len,
         device=ops.device,
@@ -243,8 +244,10 @@ class _RankWorker:
         self._worker = rank.worker
         self._answers = rank.share.place.answers
 
-    def step(self, plan: bytes) -> bytes | None:
-        result = self._worker.begin(_decode_plan(plan))()
+    def begin(self, plan: bytes) -> Begun[bytes | None]:
+        return self._worker.begin(_decode_plan(plan)).then(self._answer)
+
+    def _answer(self, result: StepResult) -> bytes | None:
         return _encode_result(result) if self._answers else None
 
     def close(self) -> None:

@@ -7,17 +7,19 @@ is settled in the two ends it is given: what comes in (`Entry`), and what goes o
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ..parallel.group import Begun
 from ..parallel.ring import Ring
 from ..parallel.station import Station
-from .ahead import Recall, fetch
+from .ahead import Recall, fetch, reached
 from .batch import Drawing, SequenceTable, StepBatch
 from .generation import TokenLogprob
 from .plan import Admission, StepPlan, StepResult
@@ -26,9 +28,6 @@ from .sampler import Sampled, Sampler, token_logprobs
 
 # Full rows of logits are wide: a whole chunk's at once would outgrow the memory plan.
 PROMPT_LOGPROB_ROWS = 64
-
-Result = Callable[[], StepResult]
-"""Waits for a step to be done, and tells what it came to. Called once, in the order of the steps."""
 
 
 class Entry(Protocol):
@@ -46,11 +45,15 @@ class Entry(Protocol):
 class Exit(Protocol):
     """A stage's output."""
 
+    def conclude(self) -> None:
+        """Do what is left of the step before. Called before the next plan is taken in."""
+        ...
+
     def admit(self, admission: Admission) -> None:
         """A slot has a new sequence."""
         ...
 
-    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Result:
+    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Begun[StepResult]:
         """What the step comes to. Of the ranks that do not draw it is an empty result, which nobody reads."""
         ...
 
@@ -82,12 +85,13 @@ class ModelWorker:
         self._last_done = 0.0
 
     @torch.inference_mode()
-    def begin(self, plan: StepPlan) -> Result:
+    def begin(self, plan: StepPlan) -> Begun[StepResult]:
         """Launch one step; see `Worker` for what is returned."""
         began = time.perf_counter()
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
             self._num_threads = None
+        self._exit.conclude()
         self._table.apply(plan)
         for admission in plan.admissions:
             self._exit.admit(admission)
@@ -96,15 +100,13 @@ class ModelWorker:
         residual_TD = self._entry.hidden(batch)
         hidden_TD = self._runner.layers(residual_TD, batch)
         self._station.at("exit")
-        finish = self._exit.finish(hidden_TD, batch, plan)
 
-        def done() -> StepResult:
-            result = finish()
+        def timed(result: StepResult) -> StepResult:
             before, self._last_done = self._last_done, time.perf_counter()
             # A step that was launched early has waited for the one before it.
             return msgspec.structs.replace(result, device_s=self._last_done - max(began, before))
 
-        return done
+        return self._exit.finish(hidden_TD, batch, plan).then(timed)
 
 
 # Entries
@@ -184,12 +186,15 @@ class Sent:
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
 
+    def conclude(self) -> None:
+        pass
+
     def admit(self, admission: Admission) -> None:
         pass
 
-    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Result:
+    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Begun[StepResult]:
         self._ring.send(hidden_TD)
-        return partial(StepResult, plan.step, [])
+        return Begun(partial(StepResult, plan.step, []))
 
 
 class Drawn:
@@ -204,37 +209,37 @@ class Drawn:
         self._sampler = sampler
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (how many alternatives, prompt length)
 
+    def conclude(self) -> None:
+        pass
+
     def admit(self, admission: Admission) -> None:
         self._sampler.admit(admission)
         self._prompt_logprobs.pop(admission.slot, None)
         if admission.params.prompt_logprobs is not None:
             self._prompt_logprobs[admission.slot] = (admission.params.prompt_logprobs, admission.prompt_len)
 
-    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Result:
+    def finish(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Begun[StepResult]:
         prompt_logprobs = self._of_prompts(plan, hidden_TD) if self._prompt_logprobs else {}
         if not batch.slots:
-            return partial(StepResult, plan.step, [], None, prompt_logprobs)
-        draw = self._draw(hidden_TD, batch, plan)
+            return Begun(partial(StepResult, plan.step, [], None, prompt_logprobs))
+        drawn = self._draw(hidden_TD, batch, plan)
+        return drawn.then(lambda sampled: StepResult(plan.step, sampled.tokens, sampled.logprobs, prompt_logprobs))
 
-        def result() -> StepResult:
-            sampled = draw()
-            return StepResult(plan.step, sampled.tokens, sampled.logprobs, prompt_logprobs)
-
-        return result
-
-    def _draw(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Callable[[], Sampled]:
-        """The batch's rows; what is returned waits for their tokens."""
+    def _draw(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Begun[Sampled]:
+        """The batch's rows."""
         drawn_R = self._runner.drawn(batch) if self._sampler.is_plain(batch, plan) else None
         if drawn_R is None:
             sampled = self._sampler.sample(self._runner.row_logits(hidden_TD, batch), batch, plan)
         else:
             sampled = Sampled(drawn_R.tolist())
-        self._remember(batch, torch.tensor(sampled.tokens, dtype=torch.int64))
-        return lambda: sampled
+        self._remember(batch, sampled)
+        return Begun(lambda: sampled)
 
-    def _remember(self, batch: StepBatch, tokens_R: Tensor) -> None:
-        # A failed row's -1 must not be read as a token id by a step that is planned already.
-        self._table.append(batch.slots, batch.next_positions, tokens_R.clamp_(min=0).numpy())
+    def _remember(self, batch: StepBatch, sampled: Sampled) -> NDArray[np.int64]:
+        """What was drawn, as the next step reads it: a failed row's -1 is no token id."""
+        tokens_R = np.maximum(sampled.tokens, 0)
+        self._table.append(batch.slots, batch.next_positions, tokens_R)
+        return tokens_R
 
     def _of_prompts(self, plan: StepPlan, hidden_TD: Tensor) -> dict[int, list[TokenLogprob]]:
         """Log-probabilities of the prompt tokens that follow this step's, for the slots that asked."""
@@ -259,32 +264,47 @@ class Drawn:
 
 
 class DrawnAhead(Drawn):
-    """The exit of a stage that is first and last, on a device that computes by itself: it waits for no token that
-    nobody has to look at before the next step, which reads it from the device (`ahead.py`).
+    """The exit of a stage that is first and last: it waits for no token that nobody has to look at before the next
+    step, which reads it from the device (`ahead.py`).
 
-    Rows that somebody has to look at (penalties, masks, guesses, log-probabilities) make their step wait.
+    Rows that somebody has to look at (penalties, masks, guesses, log-probabilities) are drawn when their step's result
+    is asked for, or the next step is to begin.
     """
 
     def __init__(self, runner: Runner, table: SequenceTable, sampler: Sampler, recall: Recall) -> None:
         """recall: the runner's."""
         super().__init__(runner, table, sampler)
         self._recall = recall
+        self._left: Callable[[], object] = _nothing
 
-    def _draw(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Callable[[], Sampled]:
+    def conclude(self) -> None:
+        self._left()
+        self._left = _nothing
+
+    def _draw(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Begun[Sampled]:
         if plan.drafts or not self._sampler.is_plain(batch, plan):
-            return super()._draw(hidden_TD, batch, plan)
+            logits_RV = self._runner.row_logits(hidden_TD, batch)
+
+            @cache
+            @torch.inference_mode()
+            def look() -> Sampled:
+                sampled = self._sampler.sample(logits_RV, batch, plan)
+                self._remember(batch, sampled)
+                return sampled
+
+            self._left = look
+            return Begun(look, reached(logits_RV.device))
         tokens_R = self._runner.drawn(batch)
         if tokens_R is None:
             tokens_R = self._sampler.ops.sample(self._runner.row_logits(hidden_TD, batch), batch.sampling)
             self._recall.store(batch.seq_slots_T[batch.rows_R], tokens_R)
-        drawing, fetched = self._table.expect(batch), fetch(tokens_R)
+        drawing = self._table.expect(batch)
 
-        def wait() -> Sampled:
-            tokens = fetched()
+        def settle(tokens: list[int]) -> Sampled:
             self._table.settle(drawing, np.maximum(tokens, 0))
             return Sampled(tokens)
 
-        return wait
+        return fetch(tokens_R).then(settle)
 
 
 class DrawnAndReturned(Drawn):
@@ -294,6 +314,11 @@ class DrawnAndReturned(Drawn):
         super().__init__(runner, table, sampler)
         self._ring = ring
 
-    def _remember(self, batch: StepBatch, tokens_R: Tensor) -> None:
-        super()._remember(batch, tokens_R)
-        self._ring.send(tokens_R.to(batch.rows_R.device))
+    def _remember(self, batch: StepBatch, sampled: Sampled) -> NDArray[np.int64]:
+        tokens_R = super()._remember(batch, sampled)
+        self._ring.send(torch.from_numpy(tokens_R).to(batch.rows_R.device))
+        return tokens_R
+
+
+def _nothing() -> None:
+    """What is left of a step that waits for nobody."""

@@ -221,7 +221,7 @@ def make_sampling(rows: Sequence[tuple[float, int, float, float]], seed: int) ->
         seed_R=torch.arange(len(rows)) * 0x5DEECE66D + seed,
         position_R=torch.arange(len(rows)) + seed,
         all_greedy=not any(temperature),
-        any_top_k=any(top_k),
+        max_top_k=max(top_k),
         any_top_p=any(p < 1 for p in top_p),
         any_min_p=any(min_p),
     )

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.kernels.ops import AttentionBatch, KVLayer, SamplingBatch
 from shoal.kernels.reference import ReferenceOps
 from shoal.kernels.triton_ops import TritonOps
+from shoal.parallel.vocab import vocab_ops
 from shoal.runtime.ahead import LastTokens
 from shoal.runtime.batch import StepBatch
 from shoal.runtime.graphs import GraphRunner, cuda_capture
@@ -56,7 +58,7 @@ def decoding(lens: list[int]) -> StepBatch:
             seed_R=torch.arange(rows),
             position_R=lens_S.long(),
             all_greedy=rows == 1,
-            any_top_k=rows > 1,
+            max_top_k=7 if rows > 1 else 0,
             any_top_p=False,
             any_min_p=False,
         ),
@@ -112,6 +114,52 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "scalar_tensor", "equal", "_unique2"}
+
+
+class SecondOfTwo:
+    """A shard's `Comm`, of two that hold the same."""
+
+    shard, size = 1, 2
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.stack([x, x])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("max_top_k", [0, 40, 5000])
+def test_shards_draw_without_a_look_at_any_value(max_top_k: int) -> None:
+    """What would wait for the device, at each step."""
+    if torch.cuda.is_available():
+        pytest.skip("torch is watched on a CPU")
+    ops, rows, vocab, watch = TritonOps(torch.device("cpu")), 3, 20_000, Watch()
+    sampling = SamplingBatch(
+        temperature_R=torch.tensor([0.0, 1.0, 0.7]),
+        top_k_R=torch.tensor([0, 0, max_top_k], dtype=torch.int32),
+        top_p_R=torch.tensor([1.0, 0.9, 1.0]),
+        min_p_R=torch.tensor([0.0, 0.0, 0.1]),
+        seed_R=torch.arange(rows),
+        position_R=torch.arange(rows),
+        all_greedy=False,
+        max_top_k=max_top_k,
+        any_top_p=True,
+        any_min_p=True,
+    )
+    shard = vocab_ops(ops, vocab_size=vocab, comm=SecondOfTwo())
+    logits_RV = torch.randn(rows, vocab // 2)
+    with watch:
+        tokens_R = shard.sample(logits_RV, sampling)
+    assert {"scatter_add_", "cumsum"} <= watch.seen
+    assert not REFUSED & watch.seen
+    assert (tokens_R >= vocab // 2).all()
+
+
 @torch.inference_mode()
 def test_a_captured_step_asks_for_no_value_and_brings_none() -> None:
     """What CUDA refuses to capture: waiting for the device, shapes that follow from values, tensors of the host's."""
@@ -141,5 +189,4 @@ def test_a_captured_step_asks_for_no_value_and_brings_none() -> None:
     )
     graphs.prepare(show=False)
     assert {"embedding", "linear", "index_copy_"} <= watch.seen, "the step was not seen"
-    refused = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "scalar_tensor", "equal", "_unique2"}
-    assert not refused & watch.seen
+    assert not REFUSED & watch.seen

@@ -56,7 +56,7 @@ def make_sampling(rows: list[How], device: torch.device, *, first_seed: int = 0)
         seed_R=torch.arange(first_seed, first_seed + len(rows), device=device) * 0x5DEECE66D,
         position_R=torch.arange(len(rows), device=device) % 5,
         all_greedy=all(row.temperature == 0 for row in rows),
-        any_top_k=any(row.top_k > 0 for row in rows),
+        max_top_k=max(row.top_k for row in rows),
         any_top_p=any(row.top_p < 1 for row in rows),
         any_min_p=any(row.min_p > 0 for row in rows),
     )
@@ -249,7 +249,7 @@ def test_draws_of_shards_hold_the_draw_of_the_whole(ops: TritonOps, reference: R
 def test_flags_leave_out_only_what_is_unused(ops: TritonOps, reference: ReferenceOps, rows: list[How]) -> None:
     logits = torch.randn(8, 400, device=ops.device) * 3
     few = make_sampling(rows * 8, ops.device)
-    every = replace(few, all_greedy=False, any_top_k=True, any_top_p=True, any_min_p=True)
+    every = replace(few, all_greedy=False, max_top_k=1000, any_top_p=True, any_min_p=True)
     expected = reference.sample(logits, few).tolist()
     assert ops.sample(logits, few).tolist() == expected
     assert ops.sample(logits, every).tolist() == expected

@@ -5,6 +5,8 @@ import os
 import signal
 import time
 
+from shoal.parallel.group import Begun
+
 
 class ConfigError(Exception):
     """As `shoal.runtime.errors` has it: the driver knows the name alone."""
@@ -19,13 +21,14 @@ class Obedient:
         self.station = station
         self.num_steps = 0
 
-    def step(self, plan):
+    def begin(self, plan):
         order = json.loads(plan)
         self.num_steps += 1
         self.station.at(order.get("at", "compute"))
         if order.get("rank", self.place.rank) == self.place.rank:
             self.obey(order)
-        return json.dumps([self.num_steps, order.get("value")]).encode() if self.place.answers else None
+        value = json.dumps([self.num_steps, order.get("value")]).encode() if self.place.answers else None
+        return Begun(lambda: value)
 
     def obey(self, order):
         match order["do"]:
@@ -87,7 +90,7 @@ class Summing:
         self.details = {}
         self.place, self.comm, self.ring = place, comm, ring
 
-    def step(self, plan):
+    def begin(self, plan):
         import torch
 
         x = torch.tensor([float(plan)])
@@ -96,7 +99,7 @@ class Summing:
         x += self.comm.all_reduce(torch.tensor([float(self.place.rank)]))
         if not self.place.is_last:
             self.ring.send(x)
-        return str(x.item()).encode()
+        return Begun(lambda: str(x.item()).encode())
 
     def close(self):
         pass

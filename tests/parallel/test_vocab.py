@@ -106,9 +106,9 @@ def make_sampling(rows: list[tuple[float, int, float, float]], seed: int) -> Sam
         seed_R=torch.arange(len(rows)) * 0x5DEECE66D + seed,
         position_R=torch.arange(len(rows)) + seed,
         all_greedy=not any(temperature),
-        any_top_k=any(top_k),
-        any_top_p=any(p < 1 for p in top_p),
-        any_min_p=any(min_p),
+        max_top_k=max((k for t, k, _, _ in rows if t), default=0),
+        any_top_p=any(p < 1 for t, _, p, _ in rows if t),
+        any_min_p=any(p for t, _, _, p in rows if t),
     )
 
 
@@ -208,7 +208,7 @@ def test_a_bad_row_fails_on_every_rank_and_alone(ops: Ops, row: tuple[float, int
         assert drawn(ops, logits, sampling, size) == [-1, -1, expected[2], -1, -1, expected[5]]
 
 
-def test_what_is_exchanged_is_small_and_only_for_rows_that_filter(ops: Ops) -> None:
+def test_what_is_exchanged_is_small_and_for_filters_only_where_a_row_has_them(ops: Ops) -> None:
     vocab, rows = 20_000, 4
     logits = torch.randn(rows, vocab)
 
@@ -225,8 +225,8 @@ def test_what_is_exchanged_is_small_and_only_for_rows_that_filter(ops: Ops) -> N
     assert cost(plain, plain) == (1, rows)
     assert cost((0.0, 0, 1.0, 0.0), plain) == (1, rows)
     assert cost((0.0, 40, 0.9, 0.1), plain) == (1, rows)  # a greedy row filters nothing
-    assert cost(filtered, plain) == (7, 256)
-    assert cost(filtered, filtered) == (7, 256 * rows)
+    assert cost(filtered, plain) == (7, 256 * rows)
+    assert cost((1.0, 5000, 1.0, 0.0), plain) == (6, 256 * rows)
 
 
 @pytest.mark.parametrize("size", SIZES)

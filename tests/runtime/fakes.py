@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 
-from shoal.parallel.group import GroupFailure, GroupStartError, RankInfo
+from shoal.parallel.group import Begun, GroupFailure, GroupStartError, RankInfo
 from shoal.runtime.errors import RowFailed
 from shoal.runtime.generation import FinishReason, GenerationRequest, SamplingParams, TokenLogprob
 from shoal.runtime.grammar import FREE, Constraint
@@ -108,9 +108,9 @@ class FakeWorker:
         self.rows.clear()
         self.tags.clear()
 
-    def begin(self, plan: StepPlan) -> Callable[[], StepResult]:
+    def begin(self, plan: StepPlan) -> Begun[StepResult]:
         result = self.execute(plan)
-        return lambda: result
+        return Begun(lambda: result)
 
     def execute(self, plan: StepPlan) -> StepResult:
         for admission in plan.admissions:

@@ -22,7 +22,7 @@ class Poisoned:
         self._break = breaks
         self._slots = set()
 
-    def step(self, plan):
+    def begin(self, plan):
         decoded = msgspec.msgpack.decode(plan, type=StepPlan)
         for admission in decoded.admissions:
             self._slots.discard(admission.slot)
@@ -31,7 +31,7 @@ class Poisoned:
         hit = [part.slot for part in decoded.slices if part.slot in self._slots]
         if hit and self._bites:
             self._break(hit[0])
-        return self._worker.step(plan)
+        return self._worker.begin(plan)
 
     def close(self):
         self._worker.close()

@@ -28,6 +28,8 @@ from shoal.runtime.sequence import Limits
 from shoal.runtime.share import deal
 
 from ..models.support import TINY, randomise
+from .device_rank import DIARY
+from .test_poison import engine_over, run
 
 MAX_LEN, BLOCK, VOCAB = 128, 16, int(TINY["vocab_size"])
 
@@ -40,8 +42,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Rank]:
-    """Of depth 1 and 2."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(
@@ -50,6 +52,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Rank]:
     randomise(model)
     folder = tmp_path_factory.mktemp("llama")
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[Rank]:
+    """Of depth 1 and 2."""
     return [make_rank(folder, depth) for depth in (1, 2)]
 
 
@@ -153,3 +161,19 @@ def test_logs_are_the_same(ranks: list[Rank], blocks: int) -> None:
     if blocks == 9:
         assert ahead.scheduler.counters.preemptions
     assert ahead.scheduler.pool.num_free == blocks
+
+
+def test_shards_launch_a_step_before_the_last_one_is_over(folder: Path, tmp_path: Path) -> None:
+    """Real processes, whose steps take a while to be over, against such as wait for each."""
+    found = []
+    for factory in ("shoal.runtime.rank:start_rank", "device_rank:start"):
+        engine = engine_over(folder, factory, **{DIARY: str(tmp_path)})
+        try:
+            found.append(run(engine, requests()))
+        finally:
+            engine.close()
+    assert found[0] == found[1]
+    assert {reason for _, reason in found[0].values()} == {FinishReason.STOP, FinishReason.LENGTH}
+    first, second = (int((tmp_path / rank).read_text()) for rank in "01")
+    assert first == 2, "the driver has two plans in flight, and sends another one for an answer"
+    assert second >= 2

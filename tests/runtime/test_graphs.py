@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shoal.kernels.ops import AttentionBatch, AttentionSpec, KVLayer
 from shoal.kernels.reference import ReferenceOps
+from shoal.parallel.group import Begun
 from shoal.runtime.ahead import LastTokens, Recall
 from shoal.runtime.batch import SequenceTable, StepBatch
 from shoal.runtime.errors import StartupError
@@ -225,13 +226,13 @@ def test_steps_launched_before_the_last_token_is_known_draw_the_same(seed: int, 
     table = new_table()
     ahead_of = DrawnAhead(runner, table, sampler(), recall)
     ahead = ModelWorker(table=table, runner=runner, entry=Known(runner), exit=ahead_of)
-    expected, found, under_way = [], [], deque[Callable[[], StepResult]]()
+    expected, found, under_way = [], [], deque[Begun[StepResult]]()
     for plan in random_plans(seed, steps=300, params=[*PARAMS * 3, LOOKED_AT[seed % 2]], fewest=1, leaving=0.15):
-        expected.append(one_by_one.begin(plan)())
+        expected.append(one_by_one.begin(plan).result())
         under_way.append(ahead.begin(plan))
         if len(under_way) == 2:
-            found.append(under_way.popleft()())
-    found.append(under_way.popleft()())
+            found.append(under_way.popleft().result())
+    found.append(under_way.popleft().result())
     assert [(r.step, r.tokens) for r in found] == [(r.step, r.tokens) for r in expected]
     assert [len(r.logprobs or []) for r in found] == [len(r.logprobs or []) for r in expected]
     assert sum(len(r.tokens) for r in found) > 100
