@@ -234,7 +234,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 SHORT = {"model": "tiny", "prompt": "Once", "max_tokens": 8, "temperature": 0.8, "seed": 1, "ignore_eos": True}
-LONG = {**SHORT, "max_tokens": 3000, "stream": True}
+LONG = {**SHORT, "max_tokens": 1500, "stream": True}
 SERVED_S = 60.0
 
 
