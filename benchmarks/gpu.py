@@ -725,7 +725,7 @@ def serve(
     from shoal.runtime.sampler import Sampler
     from shoal.runtime.scheduler import Scheduler
     from shoal.runtime.sequence import Limits
-    from shoal.runtime.worker import Drawn, DrawnAhead, Known, ModelWorker
+    from shoal.runtime.worker import Drawn, Known, ModelWorker
 
     prepare_ops(bench.on)
     limit = load.prompt + load.output + 1
@@ -739,8 +739,7 @@ def serve(
     )
     table = SequenceTable(num_slots=rows, max_model_len=limit, block_size=bench.page)
     sampler = Sampler(bench.ops, model.vocab)
-    exit = Drawn(runner, table, sampler) if recall is None else DrawnAhead(runner, table, sampler, recall)
-    worker = ModelWorker(table=table, runner=runner, entry=Known(runner), exit=exit)
+    worker = ModelWorker(table=table, runner=runner, entry=Known(runner), exit=Drawn(runner, table, sampler, recall))
     pool = BlockPool(num_blocks, block_size=bench.page)
     scheduler = Scheduler(limits, pool=pool, policy=FirstCome(), clock=time.monotonic, secret=b"")
     served = Engine(scheduler, LocalGroup(worker, depth=1 if recall is None else 2))

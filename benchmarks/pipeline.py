@@ -32,6 +32,7 @@ from shoal.parallel.rank_start import Program
 from shoal.parallel.ring import Ring
 from shoal.parallel.station import Station
 from shoal.parallel.wire_plan import WireSizes
+from shoal.runtime.ahead import LastTokens
 from shoal.runtime.batch import SequenceTable, StepBatch
 from shoal.runtime.blocks import BlockPool
 from shoal.runtime.config import EngineConfig
@@ -84,7 +85,7 @@ class SleepWorker:
         runner = SleepRunner(argument.stage_s)
         ops = select_ops(torch.device("cpu"))
         table = SequenceTable(num_slots=64, max_model_len=512, block_size=16)
-        first = Returned(runner, table, ring, depth=argument.depth)
+        first = Returned(runner, table, ring, LastTokens(64, ops.device), depth=argument.depth)
         last = DrawnAndReturned(runner, table, Sampler(ops, VOCAB), ring)
         self._worker = ModelWorker(
             table=table,

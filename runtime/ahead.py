@@ -31,7 +31,7 @@ class Recall(Protocol):
 
 
 class AllKnown:
-    """The null `Recall`: the host waits for every token before it plans with it."""
+    """The null `Recall`: of a rank that knows every token that it embeds, or embeds none."""
 
     def fill(self, token_ids_T: Tensor, slots_T: Tensor) -> Tensor:
         return token_ids_T

@@ -95,12 +95,14 @@ class SequenceTable:
         self.tokens[batch.slots, batch.next_positions] = UNKNOWN
         return Drawing(batch.slots, batch.next_positions, self._epochs[batch.slots])
 
-    def settle(self, drawing: Drawing, tokens: NDArray[np.int64]) -> list[int]:
-        """What was drawn; gives the slots that still have the holder it was drawn for. The others' is dropped."""
-        rows = np.flatnonzero(self._epochs[drawing.slots] == drawing.epochs)
-        slots = [drawing.slots[row] for row in rows]
-        self.append(slots, drawing.positions[rows], tokens[rows])
-        return slots
+    def current(self, drawing: Drawing) -> NDArray[np.intp]:
+        """Its rows whose slots still have the holder that they are drawn for."""
+        return np.flatnonzero(self._epochs[drawing.slots] == drawing.epochs)
+
+    def settle(self, drawing: Drawing, tokens: NDArray[np.int64]) -> None:
+        """What was drawn. That of rows which are not current is dropped."""
+        rows = self.current(drawing)
+        self.append([drawing.slots[row] for row in rows], drawing.positions[rows], tokens[rows])
 
     def batch(self, slices: list[Slice], drafts: Mapping[int, list[int]] | None = None) -> StepBatch:
         """The tensors of one step. drafts: guesses by slot, see `StepPlan`."""

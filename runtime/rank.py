@@ -24,7 +24,7 @@ from ..parallel.group import Begun
 from ..parallel.ring import Ring
 from ..parallel.station import Station
 from . import kv
-from .ahead import LastTokens, Recall
+from .ahead import AllKnown, LastTokens, Recall
 from .batch import SequenceTable
 from .checkpoint import Checkpoint
 from .config import EngineConfig
@@ -40,7 +40,7 @@ from .sampler import Sampler
 from .share import Share, deal
 from .upload import select_upload
 from .weight_plan import StoredIn, plan_weights
-from .worker import Drawn, DrawnAhead, DrawnAndReturned, Entry, Exit, Known, ModelWorker, Received, Returned, Sent
+from .worker import Drawn, DrawnAndReturned, Entry, Exit, Known, ModelWorker, Received, Returned, Sent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,11 +76,6 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
             pp=config.pipeline_parallel_size,
             depth=depth,
         )
-
-    @property
-    def runs_ahead(self) -> bool:
-        """Whether a step is launched while the one before it computes: of ranks that draw what they embed."""
-        return self.pp == 1 and self.depth > 1
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(**self.config)
@@ -154,14 +149,16 @@ def build_worker(
         )
     table = SequenceTable(num_slots=memory.max_num_seqs, max_model_len=max_model_len, block_size=memory.block_size)
     sampler = Sampler(ops, share.spec.vocab_size, comm=comm)
-    recall = LastTokens(memory.max_num_seqs, ops.device) if rank_spec.runs_ahead else None
+    # Of steps that are under way, or of what later stages drew, the host that embeds does not know the tokens.
+    has_unknown = share.place.is_first and (rank_spec.depth > 1 or ring is not None)
+    recall: Recall = LastTokens(memory.max_num_seqs, ops.device) if has_unknown else AllKnown()
     with torch.inference_mode():
         runner = _runner(config, decoder, cache, ops=ops, comm=comm, recall=recall)
     num_threads = config.num_threads or max(1, (os.cpu_count() or 1) // ranks_on_node)
     worker = ModelWorker(
         table=table,
         runner=runner,
-        entry=_entry(share, runner, table=table, ring=ring, depth=rank_spec.depth),
+        entry=_entry(share, runner, table=table, ring=ring, recall=recall, depth=rank_spec.depth),
         exit=_exit(share, runner, table=table, ring=ring, sampler=sampler, recall=recall),
         station=station,
         num_threads=num_threads if ops.device.type == "cpu" else None,
@@ -197,7 +194,7 @@ def plan_beside_draft(rank_spec: RankSpec, plan: Callable[..., MemoryPlan], free
 
 
 def _runner(
-    config: EngineConfig, decoder: Decoder, cache: list[KVLayer], *, ops: Ops, comm: Comm, recall: Recall | None
+    config: EngineConfig, decoder: Decoder, cache: list[KVLayer], *, ops: Ops, comm: Comm, recall: Recall
 ) -> Runner:
     """Graphs on a GPU, captured here, unless the config does without."""
     eager = EagerRunner(decoder, cache, upload=select_upload(ops.device), recall=recall)
@@ -218,19 +215,21 @@ def _runner(
     return runner
 
 
-def _entry(share: Share, runner: Runner, *, table: SequenceTable, ring: Ring | None, depth: int) -> Entry:
+def _entry(
+    share: Share, runner: Runner, *, table: SequenceTable, ring: Ring | None, recall: Recall, depth: int
+) -> Entry:
     if ring is None:
         return Known(runner)
     if share.place.is_first:
-        return Returned(runner, table, ring, depth=depth)
+        return Returned(runner, table, ring, recall, depth=depth)
     return Received(ring, hidden_size=share.spec.hidden_size)
 
 
 def _exit(
-    share: Share, runner: Runner, *, table: SequenceTable, ring: Ring | None, sampler: Sampler, recall: Recall | None
+    share: Share, runner: Runner, *, table: SequenceTable, ring: Ring | None, sampler: Sampler, recall: Recall
 ) -> Exit:
     if ring is None:
-        return DrawnAhead(runner, table, sampler, recall) if recall is not None else Drawn(runner, table, sampler)
+        return Drawn(runner, table, sampler, recall)
     if share.place.is_last:
         return DrawnAndReturned(runner, table, sampler, ring)
     return Sent(ring)

@@ -8,18 +8,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..parallel.group import Begun
 from ..parallel.ring import Ring
 from ..parallel.station import Station
-from .ahead import Recall, fetch, reached
+from .ahead import AllKnown, Recall, fetch, reached
 from .batch import Drawing, SequenceTable, StepBatch
 from .generation import TokenLogprob
 from .plan import Admission, StepPlan, StepResult
@@ -113,7 +112,7 @@ class ModelWorker:
 
 
 class Known:
-    """The entry of a stage that is first and last: what it drew it wrote into its own table."""
+    """The entry of a stage that is first and last: what it drew it has."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -125,39 +124,57 @@ class Known:
         return self._runner.embed(batch)
 
 
+class _Coming(NamedTuple):
+    """Tokens that a later stage draws: whose, for the host and for the device, and whether guesses are among them."""
+
+    drawing: Drawing
+    slots_R: Tensor
+    has_guesses: bool
+
+
 class Returned:
     """The entry of a first stage with others behind it: the tokens they draw come back on the ring.
 
     They are taken off it as late as possible, when a plan first reads one of them, so that the stage computes prompt
-    chunks and other rows meanwhile. A slot may have got a new holder since: what was drawn for the old one is dropped.
+    chunks and other rows meanwhile; and they stay on the device, so that the host does not wait for what it launched
+    before. A slot may have got a new holder since: nobody reads what was drawn for the old one.
     """
 
-    def __init__(self, runner: Runner, table: SequenceTable, ring: Ring, *, depth: int) -> None:
-        """depth: plans in flight at most; what older ones drew is here, and must not fill the line."""
+    def __init__(self, runner: Runner, table: SequenceTable, ring: Ring, recall: Recall, *, depth: int) -> None:
+        """recall: the runner's. depth: plans in flight at most; what older ones drew must not fill the line."""
         self._runner = runner
         self._table = table
         self._ring = ring
+        self._recall = recall
         self._depth = depth
-        self._under_way: deque[Drawing] = deque()
+        self._has_guesses = False  # the plan that was prepared
+        self._under_way: deque[_Coming] = deque()
         self._waits_for: dict[int, int] = {}  # slot -> tokens on their way to its present holder
 
     def prepare(self, plan: StepPlan) -> None:
+        self._has_guesses = bool(plan.drafts)
         for admission in plan.admissions:
             self._waits_for.pop(admission.slot, None)
         while len(self._under_way) > self._depth or any(part.slot in self._waits_for for part in plan.slices):
             self._take()
 
     def _take(self) -> None:
-        drawing = self._under_way.popleft()
-        tokens = self._ring.receive((len(drawing.slots),), torch.int64).cpu().numpy()
-        for slot in self._table.settle(drawing, tokens):
+        drawing, slots_R, has_guesses = self._under_way.popleft()
+        tokens_R = self._ring.receive((len(drawing.slots),), torch.int64)
+        if has_guesses:  # several of a slot, of which the device does not know the last one that counts
+            self._table.settle(drawing, tokens_R.cpu().numpy())
+        else:
+            self._recall.store(slots_R, tokens_R)
+        for row in self._table.current(drawing):
+            slot = drawing.slots[row]
             self._waits_for[slot] -= 1
             if not self._waits_for[slot]:
                 del self._waits_for[slot]
 
     def hidden(self, batch: StepBatch) -> Tensor:
         if batch.slots:
-            self._under_way.append(self._table.expect(batch))
+            slots_R = batch.seq_slots_T[batch.rows_R]
+            self._under_way.append(_Coming(self._table.expect(batch), slots_R, self._has_guesses))
             for slot in batch.slots:
                 self._waits_for[slot] = self._waits_for.get(slot, 0) + 1
         return self._runner.embed(batch)
@@ -198,19 +215,27 @@ class Sent:
 
 
 class Drawn:
-    """The exit of the last stage: logits, and the tokens drawn from them, for the table and for the driver.
+    """The exit of the last stage: logits, and the tokens drawn from them, for whoever embeds them and for the driver.
 
-    All shards of the stage come to the same tokens; those of the output rank are the ones that are read.
+    It waits for no token that nobody has to look at before the next step, which reads it from the device (`ahead.py`).
+    Rows that somebody has to look at (penalties, masks, guesses, log-probabilities) are drawn when their step's result
+    is asked for, or the next step is to begin. All shards of the stage come to the same tokens; those of the output
+    rank are the ones that are read.
     """
 
-    def __init__(self, runner: Runner, table: SequenceTable, sampler: Sampler) -> None:
+    def __init__(self, runner: Runner, table: SequenceTable, sampler: Sampler, recall: Recall | None = None) -> None:
+        """recall: the runner's; default: every step's result is asked for before the next one begins, or embedded
+        elsewhere."""
         self._runner = runner
         self._table = table
         self._sampler = sampler
+        self._recall: Recall = recall or AllKnown()
+        self._left: Callable[[], object] = _nothing
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (how many alternatives, prompt length)
 
     def conclude(self) -> None:
-        pass
+        self._left()
+        self._left = _nothing
 
     def admit(self, admission: Admission) -> None:
         self._sampler.admit(admission)
@@ -222,24 +247,42 @@ class Drawn:
         prompt_logprobs = self._of_prompts(plan, hidden_TD) if self._prompt_logprobs else {}
         if not batch.slots:
             return Begun(partial(StepResult, plan.step, [], None, prompt_logprobs))
-        drawn = self._draw(hidden_TD, batch, plan)
+        is_plain = not plan.drafts and self._sampler.is_plain(batch, plan)
+        drawn = self._draw(hidden_TD, batch) if is_plain else self._look(hidden_TD, batch, plan)
         return drawn.then(lambda sampled: StepResult(plan.step, sampled.tokens, sampled.logprobs, prompt_logprobs))
 
-    def _draw(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Begun[Sampled]:
-        """The batch's rows."""
-        drawn_R = self._runner.drawn(batch) if self._sampler.is_plain(batch, plan) else None
-        if drawn_R is None:
-            sampled = self._sampler.sample(self._runner.row_logits(hidden_TD, batch), batch, plan)
-        else:
-            sampled = Sampled(drawn_R.tolist())
-        self._remember(batch, sampled)
-        return Begun(lambda: sampled)
+    def _draw(self, hidden_TD: Tensor, batch: StepBatch) -> Begun[Sampled]:
+        """Rows that are drawn from their logits as they are."""
+        tokens_R = self._runner.drawn(batch)
+        if tokens_R is None:
+            tokens_R = self._sampler.ops.sample(self._runner.row_logits(hidden_TD, batch), batch.sampling)
+            self._recall.store(batch.seq_slots_T[batch.rows_R], tokens_R)
+        self._return(tokens_R)
+        drawing = self._table.expect(batch)
 
-    def _remember(self, batch: StepBatch, sampled: Sampled) -> NDArray[np.int64]:
-        """What was drawn, as the next step reads it: a failed row's -1 is no token id."""
-        tokens_R = np.maximum(sampled.tokens, 0)
-        self._table.append(batch.slots, batch.next_positions, tokens_R)
-        return tokens_R
+        def settle(tokens: list[int]) -> Sampled:
+            self._table.settle(drawing, np.maximum(tokens, 0))  # a failed row's -1 is no token id
+            return Sampled(tokens)
+
+        return fetch(tokens_R).then(settle)
+
+    def _look(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Begun[Sampled]:
+        """Rows that the host has a hand in."""
+        logits_RV = self._runner.row_logits(hidden_TD, batch)
+
+        @cache
+        @torch.inference_mode()
+        def look() -> Sampled:
+            sampled = self._sampler.sample(logits_RV, batch, plan)
+            self._table.append(batch.slots, batch.next_positions, np.maximum(sampled.tokens, 0))
+            self._return(torch.tensor(sampled.tokens, device=logits_RV.device))
+            return sampled
+
+        self._left = look
+        return Begun(look, reached(logits_RV.device))
+
+    def _return(self, tokens_R: Tensor) -> None:
+        """They are drawn: tell those who embed them elsewhere."""
 
     def _of_prompts(self, plan: StepPlan, hidden_TD: Tensor) -> dict[int, list[TokenLogprob]]:
         """Log-probabilities of the prompt tokens that follow this step's, for the slots that asked."""
@@ -263,50 +306,6 @@ class Drawn:
         return found
 
 
-class DrawnAhead(Drawn):
-    """The exit of a stage that is first and last: it waits for no token that nobody has to look at before the next
-    step, which reads it from the device (`ahead.py`).
-
-    Rows that somebody has to look at (penalties, masks, guesses, log-probabilities) are drawn when their step's result
-    is asked for, or the next step is to begin.
-    """
-
-    def __init__(self, runner: Runner, table: SequenceTable, sampler: Sampler, recall: Recall) -> None:
-        """recall: the runner's."""
-        super().__init__(runner, table, sampler)
-        self._recall = recall
-        self._left: Callable[[], object] = _nothing
-
-    def conclude(self) -> None:
-        self._left()
-        self._left = _nothing
-
-    def _draw(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Begun[Sampled]:
-        if plan.drafts or not self._sampler.is_plain(batch, plan):
-            logits_RV = self._runner.row_logits(hidden_TD, batch)
-
-            @cache
-            @torch.inference_mode()
-            def look() -> Sampled:
-                sampled = self._sampler.sample(logits_RV, batch, plan)
-                self._remember(batch, sampled)
-                return sampled
-
-            self._left = look
-            return Begun(look, reached(logits_RV.device))
-        tokens_R = self._runner.drawn(batch)
-        if tokens_R is None:
-            tokens_R = self._sampler.ops.sample(self._runner.row_logits(hidden_TD, batch), batch.sampling)
-            self._recall.store(batch.seq_slots_T[batch.rows_R], tokens_R)
-        drawing = self._table.expect(batch)
-
-        def settle(tokens: list[int]) -> Sampled:
-            self._table.settle(drawing, np.maximum(tokens, 0))
-            return Sampled(tokens)
-
-        return fetch(tokens_R).then(settle)
-
-
 class DrawnAndReturned(Drawn):
     """The exit of a last stage with others before it: the first one is told the tokens, without the driver."""
 
@@ -314,10 +313,8 @@ class DrawnAndReturned(Drawn):
         super().__init__(runner, table, sampler)
         self._ring = ring
 
-    def _remember(self, batch: StepBatch, sampled: Sampled) -> NDArray[np.int64]:
-        tokens_R = super()._remember(batch, sampled)
-        self._ring.send(torch.from_numpy(tokens_R).to(batch.rows_R.device))
-        return tokens_R
+    def _return(self, tokens_R: Tensor) -> None:
+        self._ring.send(tokens_R.clamp(min=0))
 
 
 def _nothing() -> None:

@@ -254,7 +254,11 @@ def test_an_interrupted_run_shows_what_there_is() -> None:
 
     rows = "\n".join(json.dumps({"prompt": "a b", "output_tokens": n}) for n in (5, 6, 7))
     with bench_server_thread(Quirks(gate=gate)) as server:
-        code = "import sys; from shoal.cluster.cli import main; sys.argv[0] = 'shoal'; main()"
+        code = (
+            "import signal, sys; from shoal.cluster.cli import main; sys.argv[0] = 'shoal'\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which whoever runs the tests may ignore
+            "main()"
+        )
         flags = ["--url", server.url, "--load", "sharegpt", "--file", "/dev/stdin", "--requests", "3", "--warmup", "0"]
         command = [sys.executable, "-c", code, "bench", "serve", *flags, "--concurrency", "3"]
         process = subprocess.Popen(

@@ -173,6 +173,7 @@ def be_rank(order: Order, pipe: int) -> None:
     with os.fdopen(pipe, "w") as out:
         out.write(json.dumps(report) + "\n")
     wires.close()
+    signal.pause()  # until it is killed: its end could take with it what another has not read yet
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from shoal.runtime.plan import Admission, Slice, StepPlan, StepResult
 from shoal.runtime.runner import EagerRunner, Runner
 from shoal.runtime.sampler import Sampler
 from shoal.runtime.upload import ALIGN, PackedUpload, tensors_of
-from shoal.runtime.worker import Drawn, DrawnAhead, Known, ModelWorker
+from shoal.runtime.worker import Drawn, Known, ModelWorker
 
 from ..random_model import HEAD_DIM, KV_HEADS, RandomCheckpoint, random_spec
 
@@ -224,7 +224,7 @@ def test_steps_launched_before_the_last_token_is_known_draw_the_same(seed: int, 
     if launches == "graphs":
         runner = graph_runner(decoder, caches[1], Recorder(), recall=recall)
     table = new_table()
-    ahead_of = DrawnAhead(runner, table, sampler(), recall)
+    ahead_of = Drawn(runner, table, sampler(), recall)
     ahead = ModelWorker(table=table, runner=runner, entry=Known(runner), exit=ahead_of)
     expected, found, under_way = [], [], deque[Begun[StepResult]]()
     for plan in random_plans(seed, steps=300, params=[*PARAMS * 3, LOOKED_AT[seed % 2]], fewest=1, leaving=0.15):

@@ -25,22 +25,32 @@ from .poisoned_rank import POISON
 from .test_llm import OPTIONS, folder  # noqa: F401 - a fixture
 
 
-def engine_over(model: Path, factory: str, **environment: str) -> Engine:
-    """Two shards in processes of their own, started by `factory` of a module beside."""
-    config = EngineConfig(model=str(model), tensor_parallel_size=2, max_model_len=128, max_num_seqs=8, **OPTIONS)
+def engine_over(model: Path, factory: str, grid: Grid, **environment: str) -> Engine:
+    """Ranks in processes of their own, started by `factory`, which may be of a module beside."""
+    config = EngineConfig(
+        model=str(model),
+        tensor_parallel_size=grid.tp,
+        pipeline_parallel_size=grid.pp,
+        max_model_len=128,
+        max_num_seqs=8,
+        **OPTIONS,
+    )
     spec = ModelSpec.from_config(open_checkpoint(model).config)
     program = Program(
         factory=factory,
-        argument=msgspec.msgpack.encode(RankSpec.of(config, model_path=model, spec=spec, depth=2)),
+        argument=msgspec.msgpack.encode(RankSpec.of(config, model_path=model, spec=spec, depth=grid.pp + 1)),
         sizes=WireSizes(),
     )
     environment |= {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     launcher = ProcessLauncher(environment=environment)
-    group = RankGroup(
-        Grid(2, 1), launcher=launcher, program=program, encode_plan=encode_plan, decode_result=decode_result
-    )
+    group = RankGroup(grid, launcher=launcher, program=program, encode_plan=encode_plan, decode_result=decode_result)
     limits = Limits(
-        max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, max_queued=8, vocab_size=spec.vocab_size
+        max_model_len=128,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        max_queued=8,
+        vocab_size=spec.vocab_size,
+        num_microbatches=grid.pp,
     )
     pool = BlockPool(8, block_size=config.block_size)
     return Engine(Scheduler(limits, pool=pool, policy=FirstCome(), clock=time.monotonic, secret=bytes(32)), group)
@@ -66,7 +76,7 @@ def request(name: str, prompt: list[int]) -> GenerationRequest:
 @pytest.mark.parametrize(("factory", "restarts"), [("start_crashing", 2), ("start_naming", 1)])
 def test_poison_fails_alone(factory: str, restarts: int, folder: Path) -> None:  # noqa: F811
     good = [request("a", [1, 2, 3]), request("bb", [9] * 40), request("ccc", [5])]
-    engine = engine_over(folder, f"poisoned_rank:{factory}")
+    engine = engine_over(folder, f"poisoned_rank:{factory}", Grid(2, 1))
     try:
         expected = run(engine, good)
         found = run(engine, [good[0], request("poison", [7, POISON, 8]), *good[1:]])
