@@ -12,7 +12,7 @@ FOLDERS := kernels parallel runtime router cluster
 export PYTHONSAFEPATH := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test check bench dev generate clean
+.PHONY: demo test check mypy pyright bench dev generate clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -30,8 +30,10 @@ test: $(STAMP).dev $(STAMP).demo $(STAMP).helm
 check: $(STAMP).dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pyright
+	$(MAKE) --no-print-directory -j 2 --output-sync mypy pyright
+
+mypy pyright: $(STAMP).dev
+	$(BIN)/$@
 
 bench: $(STAMP).demo
 	$(BIN)/shoal bench engine $(ARGS)
