@@ -164,6 +164,16 @@ def test_what_comes_back_in_the_meantime_keeps_them() -> None:
     assert plant.target >= needed(20.0)
 
 
+def test_caches_that_fill_now_and_then_keep_them() -> None:
+    plant = Plant(told(kv_usage=0.8, scale_down_after_s=200), replicas=4)
+    for _ in range(12):
+        for seconds, plant.kv_usage in ((20, 0.75), (80, 0.1)):
+            plant.run(seconds, 2.0)
+    assert plant.target == 4
+    plant.run(600, 2.0)
+    assert plant.target < 4
+
+
 def burst(plant: Plant) -> Plant:
     return plant.run(600, 5.0).run(60, 25.0)
 
