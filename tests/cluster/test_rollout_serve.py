@@ -196,6 +196,8 @@ def rolled_back(service: Service, name: str) -> Counter[str]:
 
 def test_a_session_has_one_variant_at_both_ingresses(service: Service, texts: dict[str, list[str]]) -> None:
     roll_out(service, weights={STABLE: 3, OTHER: 1})
+    # Ingresses that have just started may not know each other yet: what the fixture asked must be counted.
+    until(lambda: answered(service).total() >= 3 * len(ASKED) <= asked(service).total())
     by_variant, by_ingress = answered(service), asked(service)
     clients = [Client(service, port=port) for port in service.ingress_ports()]
     told = {session: [client.ask(SHORT, session=session) for client in clients] for session in map(str, range(40))}
@@ -215,6 +217,7 @@ def test_a_session_has_one_variant_at_both_ingresses(service: Service, texts: di
 
 def test_copies_are_compared_and_nobody_gets_them(service: Service, texts: dict[str, list[str]]) -> None:
     roll_out(service, weights={STABLE: 1}, shadow={TWIN: 1, OTHER: 1, BROKEN: 1})
+    until(lambda: answered(service).total() == asked(service).total())
     by_variant = answered(service)
     client = Client(service)
     for _ in range(3):
