@@ -75,8 +75,12 @@ class Service:
         return found
 
     def ingress_ports(self) -> list[int]:
-        """Each one's own, past the proxy that shares requests out."""
-        return sorted(json.loads(self.command("ports")).values())
+        """Both ones' own, past the proxy that shares requests out. Serve leaves out who is just told of a change."""
+        deadline = time.monotonic() + 30
+        while len(ports := sorted(json.loads(self.command("ports")).values())) != 2:
+            assert time.monotonic() < deadline, ports
+            time.sleep(0.1)
+        return ports
 
     def _heard(self) -> str:
         assert self.process.stdout is not None
