@@ -268,18 +268,20 @@ class Drawn:
 
     def _look(self, hidden_TD: Tensor, batch: StepBatch, plan: StepPlan) -> Begun[Sampled]:
         """Rows that the host has a hand in."""
-        logits_RV = self._runner.row_logits(hidden_TD, batch)
+        # Let go of once they are looked at: the next step's need their memory, and this result may be asked for late.
+        held = [self._runner.row_logits(hidden_TD, batch)]
+        device = held[0].device
 
         @cache
         @torch.inference_mode()
         def look() -> Sampled:
-            sampled = self._sampler.sample(logits_RV, batch, plan)
+            sampled = self._sampler.sample(held.pop(), batch, plan)
             self._table.append(batch.slots, batch.next_positions, np.maximum(sampled.tokens, 0))
-            self._return(torch.tensor(sampled.tokens, device=logits_RV.device))
+            self._return(torch.tensor(sampled.tokens, device=device))
             return sampled
 
         self._left = look
-        return Begun(look, reached(logits_RV.device))
+        return Begun(look, reached(device))
 
     def _return(self, tokens_R: Tensor) -> None:
         """They are drawn: tell those who embed them elsewhere."""
