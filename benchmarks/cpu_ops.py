@@ -15,8 +15,17 @@ import torch
 from shoal.kernels.cpu import CpuOps
 from shoal.kernels.cpu_native import NativeCpuOps
 from shoal.kernels.native import DecodeShape, Native, decode_shape, load_native
-from shoal.kernels.native_layer import DecodeRows, NativeAttend, NativeMlp, NormWeight, PackedWeight
-from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, HeadSpec, KVLayer, Rotation, SamplingBatch
+from shoal.kernels.native_layer import DecodeRows, NativeAttend, NativeMlp, PackedWeight
+from shoal.kernels.ops import (
+    Activation,
+    AttentionBatch,
+    AttentionSpec,
+    HeadSpec,
+    KVLayer,
+    NormWeight,
+    Rotation,
+    SamplingBatch,
+)
 from shoal.kernels.reference import ReferenceOps
 from shoal.parallel.codes import Codes, Kind
 from shoal.parallel.int4 import Int4Linear, probe_int4_layout

@@ -13,7 +13,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _apply(x, ACTIVATION: tl.constexpr):
+def activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         y = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
@@ -34,7 +34,7 @@ def _activation_kernel(
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x_ptr += row * x_stride_t
-    y = _apply(tl.load(x_ptr + col, mask=col < cols, other=0.0).to(tl.float32), ACTIVATION)
+    y = activated(tl.load(x_ptr + col, mask=col < cols, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
         y *= tl.load(x_ptr + cols + col, mask=col < cols, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * cols + col, y.to(out_ptr.dtype.element_ty), mask=col < cols)

@@ -28,10 +28,11 @@ class Encoding(Enum):
     INT4 = "int4"  # 0 to 15, less a zero point
     INT8 = "int8"  # -128 to 127
     E4M3 = "e4m3"  # float8_e4m3fn
+    DENSE = "dense"  # a number of 16 bits, itself
 
     @property
     def codes_a_word(self) -> int:
-        return 4 if self is Encoding.INT4 else 2
+        return {Encoding.INT4: 4, Encoding.DENSE: 1}.get(self, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class CodedWeight:
 
     scales_GF: [groups, out_features], each of `group` columns; group 0: one for the whole row. INT8, E4M3: float32.
         INT4: int32 of two float16: in the upper half the scale, less the factor `gain`, in the lower the zero point.
+        DENSE: none.
     fractional: some zero point is no integer between -128 and 128.
     tickets: int32 zeros by which the programs of a product find out who is the last; they leave zeros behind. So two
         products with one weight must not overlap in time, as on one stream they do not.
@@ -66,6 +68,15 @@ class CodedWeight:
 
     def num_bytes(self) -> int:
         return self.words_FW.nbytes + self.scales_GF.nbytes + self.tickets.nbytes
+
+
+def dense_weight(weight_FD: Tensor) -> CodedWeight:
+    """A weight in 16 bits as it lies, the last dim contiguous, for products that read few rows."""
+    none = torch.empty(0, device=weight_FD.device)
+    features, columns = weight_FD.shape
+    assert weight_FD.itemsize == 2
+    assert weight_FD.stride(1) == 1
+    return CodedWeight(Encoding.DENSE, weight_FD, none, _tickets(features, weight_FD.device), columns, RUN, _ROW)
 
 
 def int4_weight(codes_FD: Tensor, scale_FG: Tensor, zero_FG: Tensor | None = None) -> CodedWeight:
@@ -127,13 +138,17 @@ def _weight(
         encoding,
         _words(encoding, codes_FD, run),
         scales_FG.t().contiguous(),
-        torch.zeros(most_tickets(features), dtype=torch.int32, device=codes_FD.device),
+        _tickets(features, codes_FD.device),
         columns,
         run,
         _ROW if groups == 1 else group,
         gain,
         fractional,
     )
+
+
+def _tickets(features: int, on: torch.device) -> Tensor:
+    return torch.zeros(most_tickets(features), dtype=torch.int32, device=on)
 
 
 def _words(encoding: Encoding, codes_FD: Tensor, run: int) -> Tensor:

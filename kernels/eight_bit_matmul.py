@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .coded_weight import CodedWeight, Encoding
-from .quant_matmul import place_of, weight_only_matmul
+from .product import place_of
+from .quant_matmul import weight_only_matmul
 from .quant_tiles import DECODE_ROWS, eight_bit_tile
 from .quantise import CodedRows, quantise_rows
 

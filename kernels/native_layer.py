@@ -12,17 +12,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .native import STEP, TILE_ROWS, DecodeShape, Native, Weight
-from .ops import HeadSpec, KVLayer
+from .ops import HeadSpec, KVLayer, NormWeight
 
 MOST_PARTS = 3
 """Weights that a fused QKV may be stored in."""
-
-
-class NormWeight(NamedTuple):
-    """An RMS norm."""
-
-    weight_D: Tensor  # float32
-    eps: float
 
 
 class PackedWeight(NamedTuple):

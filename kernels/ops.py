@@ -59,6 +59,13 @@ class AttentionSpec:
     softcap: float | None = None
 
 
+class NormWeight(NamedTuple):
+    """An RMS norm."""
+
+    weight_D: Tensor  # float32
+    eps: float
+
+
 class HeadNorms(NamedTuple):
     """RMS norms of each query and each key head alone."""
 

@@ -7,6 +7,7 @@ tensor cores.
 
 from typing import NamedTuple
 
+FEW_ROWS = 16  # at most so many share a launch with what stands around a product. Not measured.
 DECODE_ROWS = 64  # at most so many rows are one tile: every code is read once
 # Tiles that make the numbers of a code anew for every 128 rows issue as many instructions for that as the tensor cores
 # have cycles of work. From here it is faster to write the weight in 16 bits once (vLLM's AWQ: from 256). Not measured.
@@ -65,6 +66,12 @@ def weight_only_tile(rows: int, features: int, blocks: int, *, deterministic: bo
         splits *= 2
     warps = 8 if wide and tile_rows > 16 else 4
     return Tile(tile_rows, tile_features, splits, warps, stages=4 if tile_rows <= 32 else 3)
+
+
+def few_rows_tile(features: int, blocks: int, *, normed: bool) -> Tile:
+    """normed: of the residual stream, in float32, of which fewer stages leave room for three programs."""
+    tile = weight_only_tile(FEW_ROWS, features, blocks)
+    return tile._replace(stages=3) if normed else tile
 
 
 def eight_bit_tile(rows: int, features: int, *, grouped: bool) -> Tile:

@@ -19,15 +19,15 @@ class CodedLinear:
     """Codes in the kernels' own form. `product` says what becomes of the inputs."""
 
     def __init__(self, weight: CodedWeight, product: Callable[[Tensor, CodedWeight], Tensor]) -> None:
-        self._weight = weight
+        self.weight = weight
         self._product = product
         self.out_features, self.in_features = weight.out_features, weight.in_features
 
     def apply(self, x_TD: Tensor) -> Tensor:
-        return self._product(x_TD if x_TD.stride(1) == 1 else x_TD.contiguous(), self._weight)
+        return self._product(x_TD if x_TD.stride(1) == 1 else x_TD.contiguous(), self.weight)
 
     def num_bytes(self) -> int:
-        return self._weight.num_bytes()
+        return self.weight.num_bytes()
 
 
 class GpuKernels:

@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..kernels.native_layer import NormWeight
-from ..kernels.ops import HeadNorms, HeadSpec, Ops, Rotation
+from ..kernels.ops import HeadNorms, HeadSpec, NormWeight, Ops, Rotation
 from ..parallel.comm import Comm, SoloComm
 from ..parallel.linear import (
     Layer,
@@ -26,7 +25,7 @@ from ..parallel.station import Station
 from .checkpoint import Checkpoint
 from .errors import ConfigError
 from .models.decoder import Attention, Block, Decoder, Enter, ParallelBlock, SequentialBlock
-from .models.native_block import LayerParts, LayerWeights, select_fuse
+from .models.fuse import LayerParts, LayerWeights, select_fuse
 from .models.norms import EachHeadNorm, FullRMSNorm, HeadNorm, Norm, Normalise, add_only, normalised
 from .models.pieces import Piece, down_pieces, out_pieces, qkv_pieces, up_pieces, vocab_pieces
 from .models.rope import cos_sin_table

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.quant_tiles import scratch_bytes
+from ..kernels.quant_tiles import FEW_ROWS, scratch_bytes
 from ..parallel.partition import length
 from . import kv
 from .config import EngineConfig
@@ -148,11 +148,12 @@ def graph_bytes(share: Share, config: EngineConfig, dtype: torch.dtype, *, has_c
 
 
 def _scratch_bytes(share: Share, config: EngineConfig, tokens: int, *, has_codes: bool) -> int:
-    """What the largest of a GPU's products with codes has in memory beside its operands and result."""
-    if config.device != "cuda" or not has_codes:
+    """What the largest of a GPU's products has in memory beside its operands and result, as far as they are ours."""
+    if config.device != "cuda" or (config.deterministic and not has_codes):
         return 0
+    rows = tokens if has_codes else min(tokens, FEW_ROWS)
     return max(
-        scratch_bytes(tokens, features, inner, deterministic=config.deterministic)
+        scratch_bytes(rows, features, inner, deterministic=config.deterministic)
         for features, inner in share.products()
     )
 

@@ -3,7 +3,6 @@
 A layer is nine calls of some microseconds, which at one token a step is as long as its arithmetic takes.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -11,57 +10,26 @@ import torch
 from torch import Tensor
 
 from ...kernels.cpu import is_plain
-from ...kernels.cpu_native import NativeCpuOps
 from ...kernels.native import DecodeShape, Native, decode_shape
 from ...kernels.native_layer import (
     MOST_PARTS,
     DecodeRows,
     NativeAttend,
     NativeMlp,
-    NormWeight,
     PackedWeight,
     fits_heads,
     fits_mlp,
 )
-from ...kernels.ops import Activation, AttentionSpec, HeadSpec, KVLayer, Ops
+from ...kernels.ops import Activation, AttentionSpec, KVLayer, NormWeight
 from ...parallel.comm import Comm
 from ...parallel.native import NativeInt4Linear, NativeInt8Linear
-from ...parallel.quant import LinearMethod, StackedLinear
+from ...parallel.quant import StackedLinear
 from .decoder import Block, Step
-from .spec import LayerSpec
-
-Weights = tuple[LinearMethod, Tensor | None]
-"""A matrix and its bias."""
+from .fuse import Fuse, LayerParts, Weights
 
 
-class LayerWeights(NamedTuple):
-    """A layer's matrices on this rank."""
-
-    qkv: Weights
-    out: Weights
-    up: Weights
-    down: Weights
-
-
-class LayerParts(NamedTuple):
-    """What a layer is made of whose parts' outputs go into the residual as they are."""
-
-    norms: tuple[NormWeight | None, NormWeight | None]  # before attention, before the MLP; None: none, or another kind
-    weights: LayerWeights
-    heads: HeadSpec
-    head_dim: int
-    spec: LayerSpec
-
-
-Fuse = Callable[[Block, LayerParts], Block]
-"""Gives the block, or a faster one that means the same."""
-
-
-def select_fuse(ops: Ops, comm: Comm, *, dtype: torch.dtype) -> Fuse:
-    """What a rank does with its blocks: nothing, where there are no kernels."""
-    native = ops.native if isinstance(ops, NativeCpuOps) else None
-    if native is None or dtype is not torch.bfloat16:
-        return lambda block, _parts: block
+def native_fuse(native: Native, comm: Comm) -> Fuse:
+    """What a rank does with its blocks."""
     return partial(_fuse, native, comm, DecodeSteps())
 
 

@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...kernels.native_layer import NormWeight
-from ...kernels.ops import Ops
+from ...kernels.ops import NormWeight, Ops
 from ...parallel.comm import Comm
 from ...parallel.linear import Layer
 from .spec import NormKind, NormSpec

@@ -1,6 +1,6 @@
 """Compiles quantised products of real shapes for a GPU that need not be there: see compile_check.py.
 
-    python quant_compile.py CAPABILITY CASE...        a case: ENCODING:FEATURESxCOLUMNS:ROWS
+    python quant_compile.py CAPABILITY CASE...        a case: ENCODING:FEATURESxCOLUMNS:ROWS[:AROUND]
 
 Prints one line a kernel: its name, bytes of shared memory, and which of the instructions below it has.
 """
@@ -15,8 +15,11 @@ from compile_check import NamingDriver
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from shoal.kernels.coded_weight import CodedWeight, fp8_weight, int4_weight, int8_weight
+from shoal.kernels.coded_weight import CodedWeight, dense_weight, fp8_weight, int4_weight, int8_weight
 from shoal.kernels.eight_bit_matmul import dynamic_matmul
+from shoal.kernels.fused_product import normed_product, plain_product
+from shoal.kernels.ops import Activation, NormWeight
+from shoal.kernels.product import Stream
 from shoal.kernels.quant_matmul import weight_only_matmul
 
 INSTRUCTIONS = ("wgmma", "mma.sync", "cp.async")
@@ -39,6 +42,8 @@ def weight_of(encoding: str, features: int, columns: int) -> CodedWeight:
     codes = torch.zeros(features, columns, dtype=torch.uint8)
     scales = torch.ones(features, columns // 128)
     match encoding:
+        case "dense":
+            return dense_weight(torch.zeros(features, columns, dtype=torch.bfloat16))
         case "int4":
             return int4_weight(codes, scales)
         case "int4-fraction":
@@ -58,12 +63,32 @@ def weight_of(encoding: str, features: int, columns: int) -> CodedWeight:
 
 
 def run(case: str) -> None:
-    encoding, shape, rows = case.split(":")
+    encoding, shape, rows, *around = case.split(":")
     features, columns = map(int, shape.split("x"))
+    weight = weight_of(encoding, features, columns)
+    if around:
+        return run_around(around[0], weight, int(rows))
     product: Callable[[Tensor, CodedWeight], Tensor] = weight_only_matmul
     if encoding.endswith("dynamic"):
         product = dynamic_matmul
-    product(torch.zeros(int(rows), columns, dtype=torch.bfloat16), weight_of(encoding, features, columns))
+    product(torch.zeros(int(rows), columns, dtype=torch.bfloat16), weight)
+    return None
+
+
+def run_around(what: str, weight: CodedWeight, rows: int) -> None:
+    def stream(columns: int) -> Stream:
+        delta = torch.zeros(rows, columns, dtype=torch.bfloat16)
+        return Stream(torch.zeros(rows, columns), (delta, delta))
+
+    norm = NormWeight(torch.ones(weight.in_features), 1e-5)
+    x = torch.zeros(rows, weight.in_features, dtype=torch.bfloat16)
+    match what:
+        case "norm":
+            normed_product(stream(weight.in_features), norm, weight)
+        case "gate":
+            normed_product(stream(weight.in_features), norm, weight, activation=Activation.SILU)
+        case _:
+            plain_product(x, weight, settled=stream(weight.out_features))
 
 
 if __name__ == "__main__":

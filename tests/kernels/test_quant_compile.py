@@ -16,8 +16,8 @@ ROWS = {80: (64,), 90: (1, 64, 400)}
 DYNAMIC = {80: ["int8-dynamic"], 90: ["int8-dynamic", "fp8-dynamic", "fp8-block-dynamic"]}
 
 
-def compile_for(capability: int, *cases: str) -> set[str]:
-    """Names of the kernels that were compiled; every product's loads are asynchronous, and tensor cores multiply."""
+def compile_for(capability: int, *cases: str, shared_memory: int | None = None) -> set[str]:
+    """Names of the kernels that were compiled, each with no more than this; every product's loads are asynchronous, and tensor cores multiply."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(CHECK.parent)
     command = [sys.executable, str(CHECK), str(capability), *cases]
@@ -26,16 +26,21 @@ def compile_for(capability: int, *cases: str) -> set[str]:
     names = set()
     for line in done.stdout.splitlines():
         name, shared, *instructions = line.split()
-        assert int(shared) <= SHARED_MEMORY[capability], line
-        if name in ("_weight_only_kernel", "_eight_bit_kernel"):
+        assert int(shared) <= (shared_memory or SHARED_MEMORY[capability]), line
+        if name in ("_product_kernel", "_eight_bit_kernel"):
             assert {TENSOR_CORES[capability], "cp.async"} <= set(instructions[0].split(",")), line
         names.add(name)
     return names
 
 
 def test_compiles_for_hopper() -> None:
-    kernels = {"_weight_only_kernel", "_unpack_kernel", "_quantise_kernel", "_eight_bit_kernel"}
+    kernels = {"_product_kernel", "_unpack_kernel", "_quantise_kernel", "_eight_bit_kernel"}
     assert compile_for(90, "int4:4096x4096:1", "int4:256x256:512", "fp8-dynamic:4096x4096:512") == kernels
+
+
+def test_what_stands_around_a_product_leaves_room_for_three_on_a_multiprocessor() -> None:
+    cases = ["dense:6144x4096:1:norm", "dense:28672x4096:1:gate", "dense:4096x14336:1:settle", "int4:6144x4096:1:gate"]
+    assert compile_for(90, *cases, shared_memory=SHARED_MEMORY[90] // 3) == {"_product_kernel"}
 
 
 @pytest.mark.slow
@@ -43,6 +48,7 @@ def test_compiles_for_hopper() -> None:
 def test_compiles_every_variant(capability: int) -> None:
     cases = [f"{name}:4096x4096:{rows}" for name in WEIGHT_ONLY for rows in ROWS[capability]]
     cases += [f"{name}:4096x4096:{rows}" for name in DYNAMIC[capability] for rows in (128, 512)]
+    cases += [f"{name}:4096x4096:1:{around}" for name in ("dense", *WEIGHT_ONLY) for around in ("norm", "gate", "settle")]
     if capability == 90:
         cases += [f"int4:{shape}:1" for shape in SHAPES] + ["int4:4096x4096:4096"]
-    assert "_weight_only_kernel" in compile_for(capability, *cases)
+    assert "_product_kernel" in compile_for(capability, *cases)

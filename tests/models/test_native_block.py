@@ -7,15 +7,15 @@ import torch
 
 from shoal.kernels.cpu_native import NativeCpuOps
 from shoal.kernels.native import Native, load_native
-from shoal.kernels.native_layer import NormWeight
-from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, HeadSpec, KVLayer
+from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, HeadSpec, KVLayer, NormWeight
 from shoal.kernels.reference import ReferenceOps
 from shoal.parallel.codes import Codes
 from shoal.parallel.comm import SoloComm
 from shoal.parallel.native import NativeInt4Linear, NativeInt8Linear
 from shoal.parallel.quant import StackedLinear
 from shoal.runtime.models.decoder import Attention, Block, SequentialBlock, Step
-from shoal.runtime.models.native_block import LayerParts, LayerWeights, NativeBlock, Weights, select_fuse
+from shoal.runtime.models.fuse import LayerParts, LayerWeights, Weights, select_fuse
+from shoal.runtime.models.native_block import NativeBlock
 from shoal.runtime.models.spec import LayerSpec, MLPSpec
 
 CPU = torch.device("cpu")
