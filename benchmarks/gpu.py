@@ -27,6 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRET = "--interpret" in sys.argv
@@ -52,6 +53,7 @@ from shoal.kernels.ops import (  # noqa: E402
     Rotation,
     SamplingBatch,
 )
+from shoal.kernels.quant_tiles import FEW_ROWS  # noqa: E402
 from shoal.kernels.reference import ReferenceOps  # noqa: E402
 from shoal.kernels.triton_ops import TritonOps  # noqa: E402
 
@@ -323,6 +325,57 @@ def matmul(bench: Bench) -> Iterator[Figure]:
                 yield Figure(f"{name} {rows} x {columns} x {features}", us, "us", floor, f"16-bit torch {usual:.4g} us")
 
 
+def few_rows(bench: Bench) -> Iterator[Figure]:
+    """A layer's products with what stands around them, against torch's products with kernels of their own around."""
+    from shoal.kernels.coded_weight import dense_weight
+    from shoal.kernels.fused_product import normed_product, plain_product
+    from shoal.kernels.ops import NormWeight
+    from shoal.kernels.product import Stream
+
+    ops, model = bench.ops, TOY if bench.toy else LLAMA_8B
+    norm = NormWeight(torch.rand(model.hidden, device=bench.on), 1e-5)
+    gated = partial(ops.gated_activation, activation=Activation.SILU)
+
+    def enter(stream: Stream) -> Tensor:
+        return ops.add_rms_norm(stream.deltas[0], stream.residual_TD, norm.weight_D, eps=norm.eps)
+
+    # What it is: [features, columns], ours and torch's, of the stream, an input and a weight.
+    parts: dict[str, tuple[tuple[int, int], Callable[..., Tensor], Callable[..., Tensor]]] = {
+        "norm and qkv": (
+            ((model.heads + 2 * model.kv_heads) * model.dim, model.hidden),
+            lambda stream, x, weight: normed_product(stream, norm, weight),
+            lambda stream, x, weight: F.linear(enter(stream), weight),
+        ),
+        "out": (
+            (model.hidden, model.heads * model.dim),
+            lambda stream, x, weight: plain_product(x, weight),
+            lambda stream, x, weight: F.linear(x, weight),
+        ),
+        "norm, gate and up, SwiGLU": (
+            (2 * model.mlp, model.hidden),
+            lambda stream, x, weight: normed_product(stream, norm, weight, activation=Activation.SILU),
+            lambda stream, x, weight: gated(F.linear(enter(stream), weight)),
+        ),
+        "down, sums settled": (
+            (model.hidden, model.mlp),
+            lambda stream, x, weight: plain_product(x, weight, settled=stream),
+            lambda stream, x, weight: F.linear(x, weight),
+        ),
+    }
+    for name, (shape, ours, theirs) in parts.items():
+        num_bytes = shape[0] * shape[1] * bench.dtype.itemsize
+        sets = [bench.randn(*shape) for _ in bench.copies(num_bytes)]
+        for rows in (2,) if bench.toy else (1, 4, 16):
+            delta = torch.zeros(rows, model.hidden, dtype=bench.dtype, device=bench.on)
+            stream = Stream(bench.randn(rows, model.hidden, dtype=FP32), (delta, delta))
+            x = bench.randn(rows, shape[1])
+            separate = bench.time_us(*(partial(theirs, stream, x, weight) for weight in sets))
+            us = bench.time_us(*(partial(ours, stream, x, dense_weight(weight)) for weight in sets))
+            yield Figure(
+                f"{name}, {rows} rows", us, "us", bench.floor_us(num_bytes), f"by themselves {separate:.4g} us"
+            )
+
+
 # Small kernels
 
 
@@ -476,7 +529,32 @@ def product_checks(bench: Bench) -> dict[str, Call]:
                 weight, dense = fp8_weight((codes - 8).float().to(FP8), one), (codes - 8).float() * 0.02
         same(weight_only_matmul(x, weight).float(), x.float() @ dense.T, bench.dtype, times=4)
 
-    return {f"{name} product of {n} rows": partial(check, name, n) for name in ("int4", "int8", "fp8") for n in (1, 33)}
+    plain = {
+        f"{name} product of {n} rows": partial(check, name, n) for name in ("int4", "int8", "fp8") for n in (1, 33)
+    }
+    around = {f"product of {n} rows and what stands around it": partial(around_check, bench, n) for n in (1, 16)}
+    return {**plain, **around}
+
+
+def around_check(bench: Bench, rows: int) -> None:
+    from shoal.kernels.coded_weight import dense_weight
+    from shoal.kernels.fused_product import normed_product, plain_product
+    from shoal.kernels.ops import NormWeight
+    from shoal.kernels.product import Stream
+
+    hidden, mlp = 1024, 96
+    norm = NormWeight(torch.rand(hidden, device=bench.on) + 0.5, 1e-5)
+    up, down = bench.randn(2 * mlp, hidden) * hidden**-0.5, bench.randn(hidden, mlp) * mlp**-0.5
+    residual, deltas = bench.randn(rows, hidden, dtype=FP32), (bench.randn(rows, hidden), bench.randn(rows, hidden))
+    total = residual + deltas[0].float() + deltas[1].float()
+    stream = Stream(residual, deltas)
+    gated = normed_product(stream, norm, dense_weight(up), activation=Activation.SILU)
+    normed = bench.reference.rms_norm(total, norm.weight_D, eps=norm.eps)
+    expected = bench.reference.gated_activation(normed @ up.float().T, Activation.SILU)
+    same(gated.float(), expected, bench.dtype, times=4)
+    out = plain_product(gated, dense_weight(down), settled=stream)
+    same(out.float(), gated.float() @ down.float().T, bench.dtype, times=4)
+    assert torch.equal(residual, total)
 
 
 def sampling_checks(bench: Bench) -> dict[str, Call]:
@@ -494,11 +572,11 @@ def sampling_checks(bench: Bench) -> dict[str, Call]:
 
 
 class RandomCheckpoint:
-    """A `Checkpoint` of random weights, made on the device when they are asked for."""
+    """A `Checkpoint` of random weights, made on the device when they are asked for. coded: layers in 8 bits."""
 
-    def __init__(self, bench: Bench, model: Model) -> None:
+    def __init__(self, bench: Bench, model: Model, *, coded: bool = False) -> None:
         self.config: dict[str, Any] = {}
-        self._bench, self._shapes = bench, _shapes(model)
+        self._bench, self._shapes, self._coded = bench, _shapes(model), coded
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -510,16 +588,31 @@ class RandomCheckpoint:
         return self._shapes[name]
 
     def tensor(self, name: str, cut: tuple[slice, ...] = ()) -> Tensor:
+        made = torch.empty(self._cut(name, cut), dtype=self._bench.dtype, device=self._bench.on)
+        return made.fill_(1.0) if made.dim() == 1 else made.normal_(0, self._size(name))
+
+    def _cut(self, name: str, cut: tuple[slice, ...]) -> list[int]:
         whole = self._shapes[name]
-        spans = [range(size)[part] for size, part in zip(whole, (*cut, *[slice(None)] * len(whole)), strict=False)]
-        made = torch.empty([len(span) for span in spans], dtype=self._bench.dtype, device=self._bench.on)
-        return made.fill_(1.0) if len(whole) == 1 else made.normal_(0, 0.7 / math.sqrt(whole[1]))
+        return [len(range(size)[part]) for size, part in zip(whole, (*cut, *[slice(None)] * 2), strict=False)]
 
-    def form(self, name: str) -> None:
-        return None
+    def _size(self, name: str) -> float:
+        return 0.7 / math.sqrt(self._shapes[name][1])
 
-    def codes(self, name: str, cut: tuple[slice, ...] = ()) -> None:
-        return None
+    def form(self, name: str) -> Any:
+        from shoal.parallel.codes import Kind
+        from shoal.runtime.checkpoint import Form
+
+        return Form("int8", 1, Kind.INT8) if self._coded and "layers" in name else None
+
+    def codes(self, name: str, cut: tuple[slice, ...] = ()) -> Any:
+        from shoal.parallel.codes import Codes
+
+        if self.form(name) is None:
+            return None
+        rows, columns = self._cut(name, cut)
+        codes = torch.randint(-128, 128, (rows, columns), dtype=INT8, device=self._bench.on)
+        scale = torch.full((rows, 1), self._size(name) / 74, device=self._bench.on)  # 74: these codes' deviation
+        return Codes(codes, scale, None, columns, columns, round_inputs=True)
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -542,7 +635,7 @@ def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {**shapes, **dict.fromkeys(ends, (model.vocab, model.hidden)), "model.norm.weight": (model.hidden,)}
 
 
-def build_decoder(bench: Bench, model: Model, max_len: int) -> Any:
+def build_decoder(bench: Bench, model: Model, max_len: int, *, coded: bool = False) -> Any:
     from shoal.runtime.loader import load_decoder
     from shoal.runtime.models.naming import LLAMA
     from shoal.runtime.models.spec import LayerSpec, MLPSpec, ModelSpec, NormKind, NormSpec, QKNorm, RopeSpec
@@ -563,7 +656,8 @@ def build_decoder(bench: Bench, model: Model, max_len: int) -> Any:
         qk_norm=QKNorm.HEAD if model.qk_norm else QKNorm.NONE,
         tied=model.tied,
     )
-    return load_decoder(RandomCheckpoint(bench, model), spec, ops=bench.ops, dtype=bench.dtype, max_len=max_len)
+    weights = RandomCheckpoint(bench, model, coded=coded)
+    return load_decoder(weights, spec, ops=bench.ops, dtype=bench.dtype, max_len=max_len)
 
 
 def runners(
@@ -588,9 +682,16 @@ def runners(
     return {"graph": graph, "eager": eager}
 
 
-def kv_caches(bench: Bench, model: Model, tokens: int) -> list[KVLayer]:
-    shape = (1 + tokens // bench.page, model.kv_heads, bench.page, model.dim)
-    return [KVLayer(*torch.zeros(2, *shape, dtype=bench.dtype, device=bench.on)) for _ in range(model.layers)]
+def kv_caches(bench: Bench, model: Model, tokens: int, *, dtype: torch.dtype | None = None) -> list[KVLayer]:
+    shape, dtype = (1 + tokens // bench.page, model.kv_heads, bench.page, model.dim), dtype or bench.dtype
+    scales = 2 if largest_code(dtype) else 0
+    return [
+        KVLayer(
+            *torch.zeros(2, *shape, dtype=dtype, device=bench.on),
+            *torch.zeros(scales, *shape[:3], device=bench.on),
+        )
+        for _ in range(model.layers)
+    ]
 
 
 def decode(bench: Bench) -> Iterator[Figure]:
@@ -614,6 +715,13 @@ def decode(bench: Bench) -> Iterator[Figure]:
                 times = [_once_us(step) for _ in range(1 if bench.toy else 30)]
                 rate = rows / statistics.median(times) * 1e6
                 yield Figure(f"{model.name} step, batch {rows}, context {context}, {name}", rate, "tok/s", floor)
+            if not bench.toy and rows <= FEW_ROWS:
+                with patch("shoal.runtime.models.few_rows_block.FEW_ROWS", 0):
+                    runner = runners(bench, decoder, cache, rows=rows, max_len=limit)["graph"]
+                    step = partial(one_step, bench, runner, batch)
+                    step()
+                    rate = rows / statistics.median(_once_us(step) for _ in range(30)) * 1e6
+                yield Figure("  the same, nine launches a layer", rate, "tok/s", floor)
             if drawn["graph"] != drawn["eager"]:  # near-ties of random weights may fall either way: few of them
                 differ = sum(a != b for a, b in zip(drawn["graph"], drawn["eager"], strict=True))
                 if differ > rows // 8:
@@ -682,32 +790,50 @@ SHARED = Load(256, 1024, 128)  # what generate_batch is given, too
 TOY_LOAD = Load(3, 6, 4)
 
 
+class Variant(NamedTuple):
+    """How the engine's model and its cache are stored, and what it is asked for."""
+
+    name: str
+    coded: bool
+    kv_dtype: torch.dtype | None
+    loads: dict[Load, str]  # and what others needed
+
+
+PUBLISHED_BY = "H200: FlashInfer 30.9, FA3 34.7, Triton 36.9 s"
+VARIANTS = [
+    Variant("", False, None, {SHARED: "", PUBLISHED: PUBLISHED_BY}),
+    Variant(" w8a8, int8 KV", True, INT8, {Load(256, 1000, 1000): ""}),
+]
+
+
 def engine(bench: Bench) -> Iterator[Figure]:
     """Whole generations through scheduler, worker and runner, without HTTP."""
+    for variant in VARIANTS:
+        yield from of_variant(bench, variant, TOY if bench.toy else QWEN_8B)
+
+
+def of_variant(bench: Bench, variant: Variant, model: Model) -> Iterator[Figure]:
     from shoal.runtime.ahead import LastTokens
 
-    model = TOY if bench.toy else QWEN_8B
     limit = 64 if bench.toy else 2048 + bench.page
-    decoder = build_decoder(bench, model, limit)
+    decoder = build_decoder(bench, model, limit, coded=variant.coded)
     tokens = 256 if bench.toy else PUBLISHED.requests * (PUBLISHED.prompt + PUBLISHED.output + bench.page)
     if not bench.toy:  # a smaller GPU: fewer run at once
-        a_token = model.layers * 2 * model.kv_heads * model.dim * bench.dtype.itemsize
+        a_token = model.layers * 2 * model.kv_heads * model.dim * (variant.kv_dtype or bench.dtype).itemsize
         tokens = min(tokens, int((torch.cuda.mem_get_info(bench.on)[0] - (12 << 30)) / a_token))
-    cache, rows = kv_caches(bench, model, tokens), min(256, tokens // 64)
+    cache, rows = kv_caches(bench, model, tokens, dtype=variant.kv_dtype), min(256, tokens // 64)
     recall = LastTokens(rows, bench.on)
     runner = runners(bench, decoder, cache, rows=rows, max_len=limit, recall=recall)["graph"]
     run = partial(serve, bench, runner, model, num_blocks=tokens // bench.page, rows=rows)
     run(Load(2, 6, 3) if bench.toy else Load(32, 64, 8))
-    seconds, made = run(TOY_LOAD if bench.toy else SHARED)
-    yield Figure(f"{model.name} engine, each step waits for the one before", made / seconds, "tok/s")
+    if not variant.coded:
+        seconds, made = run(TOY_LOAD if bench.toy else SHARED)
+        yield Figure(f"{model.name} engine, each step waits for the one before", made / seconds, "tok/s")
     run = partial(run, recall=recall)
-    published = "H200: FlashInfer 30.9, FA3 34.7, Triton 36.9 s"
-    for load, peer in [(TOY_LOAD, "")] if bench.toy else [(SHARED, ""), (PUBLISHED, published)]:
+    for load, peer in {TOY_LOAD: ""}.items() if bench.toy else variant.loads.items():
         seconds, made = run(load)
-        whole = made == load.requests * load.output
-        yield Figure(
-            f"{model.name} engine, {load}{'' if whole else f': cut after {made:,} tokens'}", seconds, "s", None, peer
-        )
+        cut = "" if made == load.requests * load.output else f": cut after {made:,} tokens"
+        yield Figure(f"{model.name}{variant.name} engine, {load}{cut}", seconds, "s", None, peer)
         yield Figure("  the same", made / seconds, "tok/s")
 
 
@@ -785,6 +911,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "checks": checks,
     "attention": attention,
     "matmul": matmul,
+    "few_rows": few_rows,
     "small": small,
     "sampling": sampling,
     "decode": decode,

@@ -153,8 +153,7 @@ def _scratch_bytes(share: Share, config: EngineConfig, tokens: int, *, has_codes
         return 0
     rows = tokens if has_codes else min(tokens, FEW_ROWS)
     return max(
-        scratch_bytes(rows, features, inner, deterministic=config.deterministic)
-        for features, inner in share.products()
+        scratch_bytes(rows, features, inner, deterministic=config.deterministic) for features, inner in share.products()
     )
 
 

@@ -20,10 +20,20 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_part_runs_at_toy_size() -> None:
-    done = run("--interpret", "--only", "checks,matmul,small,sampling,decode,engine")
+    done = run("--interpret", "--only", "checks,matmul,few_rows,small,sampling,decode,engine")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     table = done.stdout[done.stdout.index("## GPU:") :]
-    for what in ("copy", "checks that hold", "int4", "SwiGLU", "top-p", "batch 2, context 20, graph", "4 out"):
+    for what in (
+        "copy",
+        "checks that hold",
+        "int4",
+        "sums settled",
+        "SwiGLU",
+        "top-p",
+        "batch 2, context 20, graph",
+        "w8a8, int8 KV engine",
+        "4 out",
+    ):
         assert what in table
 
 
