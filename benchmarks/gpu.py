@@ -716,7 +716,7 @@ def decode(bench: Bench) -> Iterator[Figure]:
                 rate = rows / statistics.median(times) * 1e6
                 yield Figure(f"{model.name} step, batch {rows}, context {context}, {name}", rate, "tok/s", floor)
             if not bench.toy and rows <= FEW_ROWS:
-                with patch("shoal.runtime.models.few_rows_block.FEW_ROWS", 0):
+                with patch("shoal.runtime.models.gpu_blocks.ByRows.__call__", lambda by, *step: by.many(*step)):
                     runner = runners(bench, decoder, cache, rows=rows, max_len=limit)["graph"]
                     step = partial(one_step, bench, runner, batch)
                     step()

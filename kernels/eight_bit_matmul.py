@@ -15,7 +15,7 @@ from .coded_weight import CodedWeight, Encoding
 from .product import place_of
 from .quant_matmul import weight_only_matmul
 from .quant_tiles import DECODE_ROWS, eight_bit_tile
-from .quantise import CodedRows, quantise_rows
+from .quantise import CodedRows, Coding, quantise_rows
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -100,4 +100,9 @@ def dynamic_matmul(x_TD: Tensor, weight: CodedWeight) -> Tensor:
     """
     if len(x_TD) <= DECODE_ROWS:
         return weight_only_matmul(x_TD, weight)
-    return eight_bit_matmul(quantise_rows(x_TD, weight.encoding, by_block=weight.group != 0), weight, x_TD.dtype)
+    return eight_bit_matmul(quantise_rows(x_TD, coding_of(weight)), weight, x_TD.dtype)
+
+
+def coding_of(weight: CodedWeight) -> Coding:
+    """Of the rows that meet this weight."""
+    return Coding(weight.encoding, by_block=weight.group != 0)

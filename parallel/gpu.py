@@ -16,10 +16,16 @@ _FP8_BLOCK = 128  # the one that the kernel knows
 
 
 class CodedLinear:
-    """Codes in the kernels' own form. `product` says what becomes of the inputs."""
+    """Codes in the kernels' own form. `product` says what becomes of the inputs.
 
-    def __init__(self, weight: CodedWeight, product: Callable[[Tensor, CodedWeight], Tensor]) -> None:
+    rounds_inputs: it rounds those of many rows to 8 bits.
+    """
+
+    def __init__(
+        self, weight: CodedWeight, product: Callable[[Tensor, CodedWeight], Tensor], *, rounds_inputs: bool = False
+    ) -> None:
         self.weight = weight
+        self.rounds_inputs = rounds_inputs
         self._product = product
         self.out_features, self.in_features = weight.out_features, weight.in_features
 
@@ -66,5 +72,5 @@ class GpuKernels:
 
     def _linear(self, weight: CodedWeight, *, round_inputs: bool) -> LinearMethod:
         if round_inputs and not self._deterministic and takes_eight_bit_rows(weight, self._capability):
-            return CodedLinear(weight, dynamic_matmul)
+            return CodedLinear(weight, dynamic_matmul, rounds_inputs=True)
         return CodedLinear(weight, partial(weight_only_matmul, deterministic=self._deterministic))

@@ -169,7 +169,7 @@ class _Builder:
             down=self._weights(down, bias=mlp.bias),
         )
 
-    def _attention(self, layer: str, spec: LayerSpec, weights: LayerWeights, heads: HeadSpec) -> Attention:
+    def _attention(self, layer: str, spec: LayerSpec, weights: LayerWeights, heads: HeadSpec) -> Attention[Tensor]:
         model = self._spec
         qkv, normalise = column_linear(*weights.qkv), self._qk_norm(layer)
         if normalise is not None:

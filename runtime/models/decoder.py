@@ -8,7 +8,7 @@ normalises in one kernel.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,13 +38,24 @@ class Block(Protocol):
     def __call__(self, delta_TD: Tensor, residual_TD: Tensor, step: Step, cache: KVLayer) -> Tensor: ...
 
 
-class Attention:
+X = TypeVar("X")
+"""What a part's first product reads: activations [T, D], or what kernels make of them."""
+
+
+class Attention(Generic[X]):
     """Fused QKV, what lies between it and attention in one operation, the paged cache, and the output projection."""
 
     __slots__ = ("_attend", "_dim", "_heads", "_out", "_prepare", "_qkv", "_spec")
 
     def __init__(
-        self, spec: AttentionSpec, *, ops: Ops, heads: HeadSpec, head_dim: int, qkv: Layer, out: Layer
+        self,
+        spec: AttentionSpec,
+        *,
+        ops: Ops,
+        heads: HeadSpec,
+        head_dim: int,
+        qkv: Callable[[X], Tensor],
+        out: Layer,
     ) -> None:
         """heads: this rank's. qkv: gives their queries, keys and values side by side, [T, (H + 2 K) * E]."""
         self._spec = spec
@@ -55,18 +66,27 @@ class Attention:
         self._qkv = qkv
         self._out = out
 
-    def __call__(self, x_TD: Tensor, step: Step, cache: KVLayer) -> Tensor:
-        qkv_TNE = self._qkv(x_TD).view(x_TD.shape[0], -1, self._dim)
+    def __call__(self, x: X, step: Step, cache: KVLayer) -> Tensor:
+        qkv_TF = self._qkv(x)
+        qkv_TNE = qkv_TF.view(qkv_TF.shape[0], -1, self._dim)
         q_THE = self._prepare(qkv_TNE, cache, self._heads, positions_T=step.positions_T, slots_T=step.slots_T)
         return self._out(self._attend(q_THE, cache, step.attention, self._spec).flatten(1))
 
 
-class SequentialBlock:
+class SequentialBlock(Generic[X]):
     """x += attention(x); x += mlp(x), with whatever norms before and after."""
 
     __slots__ = ("_attention", "_before_attention", "_before_mlp", "_mlp")
 
-    def __init__(self, *, before_attention: Enter, attention: Attention, before_mlp: Enter, mlp: Layer) -> None:
+    def __init__(
+        self,
+        *,
+        before_attention: Callable[[Tensor, Tensor], X],
+        attention: Attention[X],
+        before_mlp: Callable[[Tensor, Tensor], X],
+        mlp: Callable[[X], Tensor],
+    ) -> None:
+        """before_attention, before_mlp: as `Enter`, giving what the part reads."""
         self._before_attention = before_attention
         self._attention = attention
         self._before_mlp = before_mlp
@@ -83,7 +103,7 @@ class ParallelBlock:
     __slots__ = ("_attention", "_before_attention", "_before_mlp", "_comm", "_mlp")
 
     def __init__(
-        self, *, before_attention: Enter, attention: Attention, before_mlp: Enter, mlp: Layer, comm: Comm
+        self, *, before_attention: Enter, attention: Attention[Tensor], before_mlp: Enter, mlp: Layer, comm: Comm
     ) -> None:
         """before_mlp: (the attention's input, residual) -> the MLP's input; here it adds nothing."""
         self._before_attention = before_attention

@@ -42,13 +42,14 @@ Fuse = Callable[[Block, LayerParts], Block]
 
 def select_fuse(ops: Ops, comm: Comm, *, dtype: torch.dtype) -> Fuse:
     """What a rank does with its blocks: nothing, where there are no kernels for activations of `dtype`."""
-    if dtype is torch.bfloat16 and not ops.deterministic:
-        if isinstance(ops, NativeCpuOps):
-            from .native_block import native_fuse
+    if ops.deterministic or dtype is torch.float32:
+        return lambda block, _parts: block
+    if ops.device.type == "cuda":
+        from .gpu_blocks import gpu_fuse
 
-            return native_fuse(ops.native, comm)
-        if ops.device.type == "cuda":
-            from .few_rows_block import few_rows_fuse
+        return gpu_fuse(ops, comm, dtype=dtype)
+    if isinstance(ops, NativeCpuOps) and dtype is torch.bfloat16:
+        from .native_block import native_fuse
 
-            return few_rows_fuse(ops, comm)
+        return native_fuse(ops.native, comm)
     return lambda block, _parts: block

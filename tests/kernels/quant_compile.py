@@ -16,11 +16,12 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from shoal.kernels.coded_weight import CodedWeight, dense_weight, fp8_weight, int4_weight, int8_weight
-from shoal.kernels.eight_bit_matmul import dynamic_matmul
+from shoal.kernels.eight_bit_matmul import coding_of, dynamic_matmul
 from shoal.kernels.fused_product import normed_product, plain_product
 from shoal.kernels.ops import Activation, NormWeight
 from shoal.kernels.product import Stream
 from shoal.kernels.quant_matmul import weight_only_matmul
+from shoal.kernels.quantise import activate_and_quantise, norm_and_quantise
 
 INSTRUCTIONS = ("wgmma", "mma.sync", "cp.async")
 
@@ -85,6 +86,10 @@ def run_around(what: str, weight: CodedWeight, rows: int) -> None:
     match what:
         case "norm":
             normed_product(stream(weight.in_features), norm, weight)
+        case "codes":  # of the rows that the weight meets: the norm's, or an activation's
+            delta, residual = stream(weight.in_features).deltas[0], torch.zeros(rows, weight.in_features)
+            norm_and_quantise(delta, residual, norm, coding_of(weight))
+            activate_and_quantise(torch.cat([x, x], 1), Activation.SILU, coding_of(weight))
         case "gate":
             normed_product(stream(weight.in_features), norm, weight, activation=Activation.SILU)
         case _:

@@ -38,7 +38,8 @@ def compile_for(capability: int, *cases: str, shared_memory: int | None = None) 
 
 def test_compiles_for_hopper() -> None:
     kernels = {"_product_kernel", "_unpack_kernel", "_quantise_kernel", "_eight_bit_kernel"}
-    assert compile_for(90, "int4:4096x4096:1", "int4:256x256:512", "fp8-dynamic:4096x4096:512") == kernels
+    cases = ["int4:4096x4096:1", "int4:256x256:512", "fp8-dynamic:4096x4096:512", "fp8:4096x14336:512:codes"]
+    assert compile_for(90, *cases) == kernels
 
 
 def test_what_stands_around_a_product_leaves_room_for_three_on_a_multiprocessor() -> None:
@@ -53,6 +54,7 @@ def test_compiles_every_variant(capability: int) -> None:
     cases += [f"{name}:4096x4096:{rows}" for name in DYNAMIC[capability] for rows in (128, 512)]
     cases += [f"dense:4096x4096:1:{around}" for around in ("norm", "gate", "settle")]
     cases += ["int4-fraction:4096x4096:1:gate", "int8-128:4096x4096:1:norm", "fp8-block:4096x4096:1:settle"]
+    cases += ["int8:4096x4096:512:codes", *(["fp8-block:4096x14336:512:codes"] if capability == 90 else [])]
     if capability == 90:
         cases += [f"int4:{shape}:1" for shape in SHAPES] + ["int4:4096x4096:4096"]
     assert "_product_kernel" in compile_for(capability, *cases)

@@ -7,10 +7,18 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.coded_weight import CodedWeight, Encoding, fp8_weight, int4_weight, int8_weight
-from shoal.kernels.eight_bit_matmul import dynamic_matmul, eight_bit_matmul
+from shoal.kernels.eight_bit_matmul import coding_of, dynamic_matmul, eight_bit_matmul
+from shoal.kernels.ops import Activation, NormWeight
 from shoal.kernels.quant_matmul import unpack, weight_only_matmul
 from shoal.kernels.quant_tiles import most_tickets, weight_only_tile
-from shoal.kernels.quantise import CodedRows, quantise_rows
+from shoal.kernels.quantise import (
+    CodedRows,
+    Coding,
+    activate_and_quantise,
+    norm_and_quantise,
+    quantise_rows,
+)
+from shoal.kernels.reference import ReferenceOps
 
 DTYPES = [torch.bfloat16, torch.float16]
 # A bit more than rounding: the interpreter cuts off where a GPU rounds.
@@ -107,7 +115,7 @@ def test_quantised_rows(columns: int, encoding: Encoding, step: float, by_block:
     x = torch.randn(19, columns).half()
     x[3] = 0
     x[4] *= 1000
-    found = numbers(quantise_rows(x, encoding, by_block=by_block), columns)
+    found = numbers(quantise_rows(x, Coding(encoding, by_block)), columns)
     assert found[3].eq(0).all()
     parts = zip(x.float().split(128, 1), found.split(128, 1), strict=True) if by_block else [(x.float(), found)]
     for wanted, part in parts:
@@ -115,12 +123,35 @@ def test_quantised_rows(columns: int, encoding: Encoding, step: float, by_block:
         torch.testing.assert_close(part.abs().amax(1), wanted.abs().amax(1))
 
 
+@pytest.mark.parametrize("columns", [96, 320])
+@pytest.mark.parametrize(
+    "coding", [Coding(Encoding.INT8), Coding(Encoding.E4M3), Coding(Encoding.E4M3, by_block=True)], ids=str
+)
+def test_rows_are_quantised_where_they_are_made(columns: int, coding: Coding, reference: ReferenceOps) -> None:
+    """As the norm, or the activation, and then the codes; but for what one rounding less may change."""
+    x, residual = torch.randn(19, columns).half(), torch.randn(19, columns)
+    gate_up, norm = torch.randn(19, 2 * columns).half(), NormWeight(torch.rand(columns) + 0.5, 1e-5)
+    total = residual + x.float()
+    normed = reference.rms_norm(total, norm.weight_D, eps=norm.eps)
+    for found, expected in (
+        (norm_and_quantise(x, residual, norm, coding), quantise_rows(normed, coding)),
+        (
+            activate_and_quantise(gate_up, Activation.SILU, coding),
+            quantise_rows(reference.gated_activation(gate_up.float(), Activation.SILU), coding),
+        ),
+    ):
+        torch.testing.assert_close(found.scales_GT, expected.scales_GT, rtol=1e-5, atol=0)
+        off = (found.codes_TD.float() != expected.codes_TD.float()).float().mean()
+        assert off < 0.002, "more than numbers halfway between two codes"
+    assert torch.equal(residual, total)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.E4M3])
 def test_a_number_that_is_none_spoils_its_row_alone(encoding: Encoding) -> None:
     x = torch.randn(4, 64).half()
     x[1, 5], x[2, 6] = float("nan"), float("inf")
-    scales = quantise_rows(x, encoding).scales_GT
+    scales = quantise_rows(x, Coding(encoding)).scales_GT
     assert scales.isfinite().tolist() == [[True, False, False, True]]
 
 
@@ -132,7 +163,7 @@ def test_eight_bit(kind: str) -> None:
         "fp8 by block": lambda: fp8(140, 288, (2, 3)),
     }[kind]()
     x = torch.randn(67, 288).half()
-    rows = quantise_rows(x, weight.encoding, by_block=weight.group != 0)
+    rows = quantise_rows(x, coding_of(weight))
     expected = numbers(rows, 288) @ dense.T
     torch.testing.assert_close(eight_bit_matmul(rows, weight, torch.float16).float(), expected, rtol=2e-3, atol=1e-2)
     assert torch.equal(dynamic_matmul(x, weight), eight_bit_matmul(rows, weight, torch.float16))

@@ -1,4 +1,4 @@
-"""A layer in six launches: that it is so many, and that it means the same as the composed one."""
+"""Layers in fewer launches: how many they are, and that they mean the same as the composed ones."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.coded_weight import int4_weight, int8_weight
+from shoal.kernels.eight_bit_matmul import dynamic_matmul
 from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, HeadNorms, HeadSpec, KVLayer, NormWeight
 from shoal.kernels.quant_matmul import weight_only_matmul
-from shoal.kernels.quant_tiles import FEW_ROWS
+from shoal.kernels.quant_tiles import DECODE_ROWS, FEW_ROWS
 from shoal.kernels.reference import ReferenceOps
 from shoal.kernels.triton_ops import TritonOps
 from shoal.parallel.comm import Comm, SoloComm
@@ -18,12 +19,13 @@ from shoal.parallel.gpu import CodedLinear
 from shoal.parallel.linear import column_linear, row_linear
 from shoal.parallel.quant import DenseLinear, StackedLinear
 from shoal.runtime.models.decoder import Attention, Block, SequentialBlock, Step
-from shoal.runtime.models.few_rows_block import FewRowsBlock, few_rows_fuse
 from shoal.runtime.models.fuse import LayerParts, LayerWeights, Weights, select_fuse
+from shoal.runtime.models.gpu_blocks import ByRows, gpu_fuse
 from shoal.runtime.models.spec import LayerSpec, MLPSpec
 
 BF16 = torch.bfloat16
-HIDDEN, HEADS, KV_HEADS, DIM, MLP, PAGE = 64, 4, 2, 32, 96, 16
+HIDDEN, HEADS, KV_HEADS, DIM, MLP = 64, 4, 2, 32, 96
+PAGE, PAGES = 16, 5
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +46,8 @@ def make_weights(kind: str, rows: int, columns: int, *, biased: bool) -> Weights
         case _:
             codes = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
             weight = int8_weight(codes, torch.rand(rows, 1) * size / 64)
+            if kind == "w8a8":
+                return CodedLinear(weight, dynamic_matmul, rounds_inputs=True), bias
     return CodedLinear(weight, weight_only_matmul), bias
 
 
@@ -79,19 +83,22 @@ def compose(ops: TritonOps | ReferenceOps, comm: Comm, parts: LayerParts) -> Blo
 
 
 def make_step(query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> Step:
-    """Sequence i has page i."""
+    """Sequence i has pages PAGES * i and so on."""
     ends = [torch.arange(kv - q, kv) for q, kv in zip(query_lens, kv_lens, strict=True)]
     batch = AttentionBatch(
         query_start_S1=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
         kv_lens_S=torch.tensor(kv_lens, dtype=torch.int32),
-        block_table_SP=torch.arange(len(kv_lens), dtype=torch.int32)[:, None],
+        block_table_SP=torch.arange(PAGES * len(kv_lens), dtype=torch.int32).view(-1, PAGES),
         num_decodes=query_lens.count(1),
         max_query_len=max(query_lens),
         max_kv_len=max(kv_lens),
         query_lens=query_lens,
         kv_lens=kv_lens,
     )
-    return Step(torch.cat(ends), torch.cat([part + PAGE * i for i, part in enumerate(ends)]), batch)
+    return Step(torch.cat(ends), torch.cat([part + PAGES * PAGE * i for i, part in enumerate(ends)]), batch)
+
+
+Lens = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class OneOfTwo:
@@ -112,25 +119,34 @@ class OneOfTwo:
         return torch.stack([x, x])
 
 
-DECODES, MIXED = ((1, 1, 1), (3, 16, 1)), ((1, 9), (5, 12))
+DECODES, MIXED, LONG = ((1, 1, 1), (3, 16, 1)), ((1, 9), (5, 12)), ((1, 70), (20, 70))
 DENSE, CODED = ("dense",) * 4, ("int4", "int8", "int4", "dense")
+W8A8 = ("w8a8", "dense", "w8a8", "w8a8")
+
+
+def no_cache(dtype: torch.dtype = BF16) -> KVLayer:
+    return KVLayer(*torch.zeros(2, 3 * PAGES, KV_HEADS, PAGE, DIM, dtype=dtype))
 
 
 @pytest.mark.parametrize(
-    ("kinds", "comm", "biased"),
-    [(DENSE, SoloComm(), False), (DENSE, OneOfTwo(1), True), (CODED, OneOfTwo(0), True)],
-    ids=["dense", "dense, second shard", "codes, first shard"],
+    ("kinds", "comm", "steps"),
+    [
+        (DENSE, SoloComm(), [DECODES, MIXED]),
+        (DENSE, OneOfTwo(1), [DECODES, MIXED]),
+        (CODED, OneOfTwo(0), [MIXED]),
+        (W8A8, OneOfTwo(1), [LONG]),
+    ],
+    ids=["dense", "dense, second shard", "codes, first shard", "w8a8, second shard"],
 )
-def test_it_means_the_same(ops: TritonOps, kinds: tuple[str, ...], comm: Comm, biased: bool) -> None:
+def test_it_means_the_same(ops: TritonOps, kinds: tuple[str, ...], comm: Comm, steps: list[Lens]) -> None:
     """Two layers, one after the other, in which what one leaves to be added the next one adds."""
-    layers = [make_parts(*kinds, biased=biased, activation=Activation.GELU_TANH) for _ in range(2)]
+    layers = [make_parts(*kinds, biased=comm.size > 1, activation=Activation.GELU_TANH) for _ in range(2)]
     composed = [compose(ops, comm, parts) for parts in layers]
-    fused = [few_rows_fuse(ops, comm)(block, parts) for block, parts in zip(composed, layers, strict=True)]
-    assert all(isinstance(block, FewRowsBlock) for block in fused)
-    for lens in (DECODES, MIXED):
+    fused = [gpu_fuse(ops, comm, dtype=BF16)(block, parts) for block, parts in zip(composed, layers, strict=True)]
+    for lens in steps:
         step = make_step(*lens)
         delta, residual = torch.randn(len(step.slots_T), HIDDEN).to(BF16), torch.randn(len(step.slots_T), HIDDEN)
-        keys = torch.randn(2, 3, KV_HEADS, PAGE, DIM).to(BF16)
+        keys = torch.randn(2, 3 * PAGES, KV_HEADS, PAGE, DIM).to(BF16)
         found: list[tuple[Tensor, ...]] = []
         for blocks in (composed, fused):
             cache, mine, delta_TD = KVLayer(*keys.clone()), residual.clone(), delta.clone()
@@ -141,24 +157,20 @@ def test_it_means_the_same(ops: TritonOps, kinds: tuple[str, ...], comm: Comm, b
             torch.testing.assert_close(other, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
 
-def test_more_rows_go_the_usual_way(ops: TritonOps) -> None:
-    parts = make_parts(*DENSE)
-    seen: list[int] = []
-
-    def composed(delta_TD: Tensor, residual_TD: Tensor, step: Step, cache: KVLayer) -> Tensor:
-        seen.append(len(delta_TD))
-        return delta_TD
-
-    block = few_rows_fuse(ops, SoloComm())(composed, parts)
-    for rows in (FEW_ROWS, FEW_ROWS + 1):
-        step, cache = make_step((rows,), (rows,)), KVLayer(*torch.zeros(2, 9, KV_HEADS, PAGE, DIM, dtype=BF16))
-        step = step._replace(slots_T=torch.arange(rows))
-        step.attention.block_table_SP.resize_(1, 2).fill_(0)
-        block(torch.zeros(rows, HIDDEN, dtype=BF16), torch.zeros(rows, HIDDEN), step, cache)
-    assert seen == [FEW_ROWS + 1]
+PRODUCT, PREPARE, EIGHT_BIT = "_product_kernel", "_rotate_and_store_kernel", "_eight_bit_kernel"
+OF_FEW_ROWS = [PRODUCT, PREPARE, "_decode_kernel", PRODUCT, PRODUCT, PRODUCT]
+OF_CODED_ROWS = [
+    *("_quantise_kernel", EIGHT_BIT, PREPARE, "_prefill_kernel"),  # the output projection is torch's
+    *("_quantise_kernel", EIGHT_BIT, "_quantise_kernel", EIGHT_BIT),
+]
 
 
-def test_a_layer_is_six_launches(ops: TritonOps, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "lens", "expected"), [(CODED, DECODES, OF_FEW_ROWS), (W8A8, ((70,), (70,)), OF_CODED_ROWS)]
+)
+def test_launches_of_a_layer(
+    ops: TritonOps, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...], lens: Lens, expected: list[str]
+) -> None:
     if ops.device.type != "cpu":
         pytest.skip("launches are counted by the interpreter")
     from triton.runtime.interpreter import GridExecutor
@@ -171,18 +183,34 @@ def test_a_layer_is_six_launches(ops: TritonOps, monkeypatch: pytest.MonkeyPatch
         launch(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", counted)
-    parts = make_parts(*CODED)
-    block = few_rows_fuse(ops, SoloComm())(compose(ops, SoloComm(), parts), parts)
-    cache, step = KVLayer(*torch.zeros(2, 3, KV_HEADS, PAGE, DIM, dtype=BF16)), make_step(*DECODES)
-    block(torch.zeros(3, HIDDEN, dtype=BF16), torch.zeros(3, HIDDEN), step, cache)
-    product = "_product_kernel"
-    assert seen == [product, "_rotate_and_store_kernel", "_decode_kernel", product, product, product]
+    parts, step = make_parts(*kinds), make_step(*lens)
+    block = gpu_fuse(ops, SoloComm(), dtype=BF16)(compose(ops, SoloComm(), parts), parts)
+    rows = len(step.slots_T)
+    block(torch.zeros(rows, HIDDEN, dtype=BF16), torch.zeros(rows, HIDDEN), step, no_cache())
+    assert seen == expected
+
+
+def test_steps_go_by_their_rows(ops: TritonOps) -> None:
+    fuse, composed = gpu_fuse(ops, SoloComm(), dtype=BF16), compose(ops, SoloComm(), make_parts(*DENSE))
+    few = fuse(composed, make_parts(*DENSE))
+    assert isinstance(few, ByRows)
+    assert (few.most, few.many) == (FEW_ROWS, composed)
+    both = fuse(composed, make_parts(*W8A8))
+    assert isinstance(both, ByRows)
+    assert isinstance(both.many, ByRows)
+    assert (both.many.most, both.many.few) == (DECODE_ROWS, composed)
+    # Float16 may not hold the stream before it is normalised.
+    in_half = gpu_fuse(ops, SoloComm(), dtype=torch.float16)
+    assert in_half(composed, make_parts(*DENSE)) is composed
+    coded = in_half(composed, make_parts(*W8A8))
+    assert isinstance(coded, ByRows)
+    assert coded.most == DECODE_ROWS
 
 
 def test_where_it_is_not_chosen(ops: TritonOps) -> None:
     parts = make_parts(*DENSE)
     block = compose(ops, SoloComm(), parts)
-    fuse = few_rows_fuse(ops, SoloComm())
+    fuse = gpu_fuse(ops, SoloComm(), dtype=BF16)
     halves = [DenseLinear(torch.zeros(KV_HEADS * DIM * 2, HIDDEN, dtype=BF16)) for _ in range(2)]
     stacked = parts.weights._replace(qkv=(StackedLinear(halves), None))
     assert fuse(block, parts._replace(weights=stacked)) is block
@@ -190,5 +218,5 @@ def test_where_it_is_not_chosen(ops: TritonOps) -> None:
     ungated = parts.spec.__class__(parts.spec.attention, None, MLPSpec(MLP, Activation.SILU, gated=False))
     assert fuse(block, parts._replace(spec=ungated)) is block
     steady = TritonOps(ops.device, deterministic=True)
-    for choose in (select_fuse(steady, SoloComm(), dtype=BF16), select_fuse(ops, SoloComm(), dtype=torch.float16)):
+    for choose in (select_fuse(steady, SoloComm(), dtype=BF16), select_fuse(ops, SoloComm(), dtype=torch.float32)):
         assert choose(block, parts) is block
