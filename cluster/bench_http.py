@@ -284,8 +284,14 @@ class HttpClient:
             parts.append(piece)
             return False
 
-        data = b"" if body is None else msgspec.json.encode(body)
-        status = await self.send(self.payload(method, path, data), receive)
+        payload = self.payload(method, path, b"" if body is None else msgspec.json.encode(body))
+        try:
+            status = await self.send(payload, receive)
+        except CallFailed as failure:
+            if method != "GET" or failure.kind != "cut off" or parts:
+                raise
+            # Closed while it idled, perhaps: what changes nothing may be asked twice (RFC 9112, 9.3.1).
+            status = await self.send(payload, receive)
         return status, b"".join(parts)
 
     def close(self) -> None:

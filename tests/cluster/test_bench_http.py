@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from shoal.cluster.bench_http import CallFailed, EventParser, ResponseParser
+from shoal.cluster.bench_http import CallFailed, EventParser, HttpClient, Origin, ResponseParser
 
 CHUNKED = (
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -61,3 +62,31 @@ def test_events_are_the_same_wherever_they_are_cut(newline: bytes, size: int) ->
     found = [event for piece in pieces(newline.join(lines), size) for event in feed(piece)]
     assert found == [b"a", b"b\n c"]
     assert parser.end() == [b"[DONE]"]  # its empty line is missing
+
+
+@pytest.mark.parametrize(("method", "asked"), [("GET", 2), ("POST", 1)])
+def test_what_changes_nothing_is_asked_again_where_a_connection_was_closed(method: str, asked: int) -> None:
+    """As servers do after an error, with the next request under way."""
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        if len(seen) > 1:
+            writer.write(FIXED)
+        writer.close()
+
+    async def run() -> tuple[int, bytes]:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        client = HttpClient(Origin.parse("http://{}:{}".format(*server.sockets[0].getsockname())))
+        async with server:
+            try:
+                return await client.call(method, "/")
+            finally:
+                client.close()
+
+    if method == "GET":
+        assert asyncio.run(run()) == (200, b"hello world!")
+    else:
+        with pytest.raises(CallFailed, match="cut off"):
+            asyncio.run(run())
+    assert len(seen) == asked
