@@ -182,9 +182,10 @@ class _Shapes:
         return self._case(f"products of a layer, {label}, {tokens} tokens", make, num_bytes, flops)
 
     def _method(self, kind: str | Kind, rows: int, columns: int) -> LinearMethod | None:
-        if not isinstance(kind, Kind):
-            return DenseLinear(self._randn(rows, columns), self._ops.linear)
         kernels = select_kernels(self._on, self._dtype)
+        if not isinstance(kind, Kind):
+            weight_FD = self._randn(rows, columns)
+            return kernels.dense(weight_FD) or DenseLinear(weight_FD, self._ops.linear)
         return kernels.make(random_weight(kind, rows, columns)) if kind in kernels.kinds else None
 
     def head(self, rows: int) -> Case:

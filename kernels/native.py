@@ -103,9 +103,9 @@ class Weight(Structure):
 
     @staticmethod
     def of(packed: Tensor, *, bits: int, inputs: int, outputs: int) -> "Weight":
-        """packed: as `pack_q4` or `pack_q8` makes it. It must outlive the result."""
+        """packed: as `pack_q4`, `pack_q8` or `pack_b16` makes it. It must outlive the result."""
         group = inputs // packed.shape[1]
-        minima = bits == 4 or packed.shape[2] > TILE_ROWS * (4 + group)
+        minima = bits == 4 or (bits == 8 and packed.shape[2] > TILE_ROWS * (4 + group))
         return Weight(packed.data_ptr(), bits, inputs, outputs, group, minima)
 
 
@@ -137,6 +137,10 @@ class Native:
     def q8_product(self, x_TD: Tensor, packed: Tensor, out_features: int) -> Tensor:
         """`x @ W.T` in bfloat16 [T, out_features]; `packed` as `pack_q8` makes it, x's last dim contiguous."""
         return self._multiply(x_TD, Weight.of(packed, bits=8, inputs=x_TD.shape[1], outputs=out_features))
+
+    def b16_product(self, x_TD: Tensor, packed: Tensor, out_features: int) -> Tensor:
+        """`x @ W.T` in bfloat16 [T, out_features]; `packed` as `pack_b16` makes it, x's last dim contiguous."""
+        return self._multiply(x_TD, Weight.of(packed, bits=16, inputs=x_TD.shape[1], outputs=out_features))
 
     def q8_logits(self, x_RD: Tensor, packed: Tensor, out_features: int) -> Tensor:
         """`x @ W.T` in float32 throughout, [R, out_features]; x's last dim contiguous, W as `pack_q8` makes it without
@@ -261,6 +265,17 @@ def pack_q8(codes_FD: Tensor, scale_FG: Tensor, minimum_FG: Tensor | None = None
     pairs = codes_FD.to(torch.int8).view(tiles, TILE_ROWS, groups, size // 2, 2).permute(0, 2, 3, 1, 4)
     packed[..., head:] = pairs.reshape(tiles, groups, -1).view(torch.uint8)
     return packed
+
+
+def pack_b16(weight_FD: Tensor) -> Tensor:
+    """A bfloat16 matrix in the product's own form: [F / 32, 1, 32 * D], see b16.cpp.
+
+    F is a multiple of `TILE_ROWS`, D of `STEP`.
+    """
+    rows, columns = weight_FD.shape
+    # [tile, row of both panels, pair, column] -> [tile, pair, row, column]
+    pairs = weight_FD.view(rows // TILE_ROWS, TILE_ROWS, columns // 2, 2).transpose(1, 2)
+    return pairs.reshape(rows // TILE_ROWS, 1, -1)
 
 
 def q8_rows(packed: Tensor, ids_T: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The two halves of a decoder layer as one C++ call each (`csrc/layer.cpp`). Shape letters are those of `ops.py`.
 
 For a plain layer of most families: RMS norm, fused QKV, heads normalised and rotated by halves, paged attention; RMS
-norm and SwiGLU. Weights are packed in 4 or 8 bits, activations bfloat16, no biases. The bits are those of the same
+norm and SwiGLU. Weights are packed in 4, 8 or 16 bits, activations bfloat16, no biases. The bits are those of the same
 operations one after the other.
 """
 
@@ -19,7 +19,7 @@ MOST_PARTS = 3
 
 
 class PackedWeight(NamedTuple):
-    """A matrix as `pack_q4` or `pack_q8` gives it, bits telling which."""
+    """A matrix as `pack_q4`, `pack_q8` or `pack_b16` gives it, bits telling which."""
 
     data: Tensor
     bits: int

@@ -1,4 +1,4 @@
-"""Quantised weights in the form of our own CPU kernels (`kernels/csrc/`), where those can be built."""
+"""Weights in the form of our own CPU kernels (`kernels/csrc/`), where those can be built."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.native import TILE_ROWS, Native, pack_q4, pack_q8
+from ..kernels.native import STEP, TILE_ROWS, Native, pack_b16, pack_q4, pack_q8
 from .codes import UNIT, Codes
 
 _PACKED_ROWS = 1 << 10  # at a time, while loading: whole tiles
@@ -43,6 +43,28 @@ class NativeInt8Linear:
     def apply(self, x_TD: Tensor) -> Tensor:
         x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
         return self._native.q8_product(x_TD, self.packed, self.out_features)
+
+    def num_bytes(self) -> int:
+        return self.packed.nbytes
+
+
+class NativeDenseLinear:
+    """The same of weights in bfloat16, in as much memory as they take."""
+
+    def __init__(self, native: Native, weight_FD: Tensor) -> None:
+        self._native = native
+        self.out_features, self.in_features = weight_FD.shape
+        self.packed = pack_b16(weight_FD)
+
+    @staticmethod
+    def fits(weight_FD: Tensor) -> bool:
+        """Whether there is a kernel for it."""
+        rows, columns = weight_FD.shape
+        return weight_FD.dtype is torch.bfloat16 and rows % TILE_ROWS == 0 and columns % STEP == 0
+
+    def apply(self, x_TD: Tensor) -> Tensor:
+        x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+        return self._native.b16_product(x_TD, self.packed, self.out_features)
 
     def num_bytes(self) -> int:
         return self.packed.nbytes

@@ -17,7 +17,7 @@ from ..kernels.native import Native, load_native
 from .codes import Codes, Kind, Quantised
 from .int4 import Int4Layout, Int4Linear, probe_int4_layout
 from .int8 import Int8Linear
-from .native import NativeInt4Linear, NativeInt8Linear, fits_q4
+from .native import NativeDenseLinear, NativeInt4Linear, NativeInt8Linear, fits_q4
 from .native_head import NativeHead
 
 
@@ -131,13 +131,17 @@ class CodeTable:
 
 
 class Kernels(Protocol):
-    """The products with quantised weights that a device has."""
+    """The products that a device has beside those of its `Ops`."""
 
     kinds: frozenset[Kind]
     """What is worth asking for."""
 
     def make(self, weight: Quantised) -> LinearMethod | None:
         """A method that multiplies straight from codes; None where dense weights are the better form."""
+        ...
+
+    def dense(self, weight_FD: Tensor) -> LinearMethod | None:
+        """A method over numbers, which takes no more memory than they do; None where `Ops.linear` is the better one."""
         ...
 
     def head(self, weight: Quantised) -> NativeHead | None:
@@ -151,6 +155,9 @@ class NoKernels:
     kinds: frozenset[Kind] = frozenset()
 
     def make(self, weight: Quantised) -> LinearMethod | None:
+        return None
+
+    def dense(self, weight_FD: Tensor) -> LinearMethod | None:
         return None
 
     def head(self, weight: Quantised) -> NativeHead | None:
@@ -174,6 +181,10 @@ class CpuKernels:
 
     def make(self, weight: Quantised) -> LinearMethod | None:
         return over_codes(weight, self._int4 if weight.kind is Kind.INT4 else self._int8)
+
+    def dense(self, weight_FD: Tensor) -> LinearMethod | None:
+        fits = self._native is not None and NativeDenseLinear.fits(weight_FD)
+        return NativeDenseLinear(self._native, weight_FD) if self._native is not None and fits else None
 
     def head(self, weight: Quantised) -> NativeHead | None:
         if self._native is None or not isinstance(weight, Codes) or not NativeHead.fits(weight):

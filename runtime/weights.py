@@ -79,7 +79,7 @@ class WeightReader:
     def linear(self, pieces: Sequence[Piece], *, transposed: bool = False) -> LinearMethod:
         """A layer of pieces that lie one under the other: from codes where the device has a kernel, else dense."""
         if transposed:
-            return DenseLinear(self.dense(pieces, transposed=True), self._ops.linear)
+            return self._dense_linear(pieces, transposed=True)
         parts = [part for run in self._runs(pieces) for part in self._packed_parts(run)]
         methods: list[LinearMethod] = []
         for is_dense, run in groupby(parts, lambda part: part[1] is None):
@@ -115,7 +115,11 @@ class WeightReader:
                     piece.module,
                     str(self.dtype).removeprefix("torch."),
                 )
-        return DenseLinear(self.dense(pieces), self._ops.linear)
+        return self._dense_linear(pieces)
+
+    def _dense_linear(self, pieces: Sequence[Piece], *, transposed: bool = False) -> LinearMethod:
+        weight_FD = self.dense(pieces, transposed=transposed)
+        return self._kernels.dense(weight_FD) or DenseLinear(weight_FD, self._ops.linear)
 
     def packed(self, pieces: Sequence[Piece]) -> LinearMethod | None:
         """A method over the pieces' codes; None if they have none, or if no kernel of the device takes them."""

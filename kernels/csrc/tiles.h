@@ -12,9 +12,9 @@ constexpr int kRows = 8;  // of x at once: 16 sums in registers
 #define SHOAL_INLINE __attribute__((always_inline))
 
 // Fetches what lies a few groups further on: the processor's own guesses end at each page.
-template <int kBytes>
+template <int kBytes, int kGroups = 4>
 inline void fetch_ahead(const uint8_t* from) {
-    for (int at = 0; at < kBytes; at += 64) _mm_prefetch((const char*)from + 4 * kBytes + at, _MM_HINT_T0);
+    for (int at = 0; at < kBytes; at += 64) _mm_prefetch((const char*)from + kGroups * kBytes + at, _MM_HINT_T0);
 }
 
 // Adds two columns' products to the sums of R rows.

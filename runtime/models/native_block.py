@@ -22,7 +22,7 @@ from ...kernels.native_layer import (
 )
 from ...kernels.ops import Activation, AttentionSpec, KVLayer, NormWeight
 from ...parallel.comm import Comm
-from ...parallel.native import NativeInt4Linear, NativeInt8Linear
+from ...parallel.native import NativeDenseLinear, NativeInt4Linear, NativeInt8Linear
 from ...parallel.quant import StackedLinear
 from .decoder import Block, Step
 from .fuse import Fuse, LayerParts, Weights
@@ -70,9 +70,9 @@ def _packed_parts(weights: Weights) -> list[PackedWeight]:
 
 def _packed(weights: Weights) -> PackedWeight | None:
     method, bias = weights
-    if bias is not None or not isinstance(method, NativeInt4Linear | NativeInt8Linear):
+    if bias is not None or not isinstance(method, NativeInt4Linear | NativeInt8Linear | NativeDenseLinear):
         return None
-    bits = 4 if isinstance(method, NativeInt4Linear) else 8
+    bits = {NativeInt4Linear: 4, NativeInt8Linear: 8}.get(type(method), 16)
     return PackedWeight(method.packed, bits, method.out_features, method.in_features)
 
 

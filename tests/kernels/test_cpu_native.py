@@ -11,7 +11,7 @@ import torch
 
 from shoal.kernels import native_build
 from shoal.kernels.cpu_native import NativeCpuOps
-from shoal.kernels.native import TILE_ROWS, Native, load_native, pack_q4, pack_q8, q8_rows
+from shoal.kernels.native import TILE_ROWS, Native, load_native, pack_b16, pack_q4, pack_q8, q8_rows
 from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, KVLayer
 from shoal.kernels.reference import ReferenceOps
 
@@ -271,13 +271,16 @@ class Packed(NamedTuple):
 
 
 def make_weight(native: Native, kind: str, rows: int, columns: int) -> Packed:
-    """kind: q4, or q8 and the columns of a group (0: the whole row), q8m where they have minima, too."""
+    """kind: q4, b16, or q8 and the columns of a group (0: the whole row), q8m where they have minima, too."""
     padded = -(-rows // TILE_ROWS) * TILE_ROWS
     if kind == "q4":
         nibbles = torch.randint(0, 16, (padded, columns))
         scale, minimum = (torch.randn(padded, columns // 32).half().float() for _ in range(2))
         dense = nibbles.view(padded, -1, 32) * scale[..., None] + minimum[..., None]
         return Packed(native.q4_product, pack_q4(nibbles, scale, minimum), dense.flatten(1)[:rows])
+    if kind == "b16":
+        numbers = torch.randn(padded, columns).bfloat16()
+        return Packed(native.b16_product, pack_b16(numbers), numbers.float()[:rows])
     form, _, size = kind.partition("/")
     group = int(size) or columns
     codes, scale = torch.randint(-128, 128, (padded, columns)), torch.randn(padded, columns // group)
@@ -289,7 +292,7 @@ def make_weight(native: Native, kind: str, rows: int, columns: int) -> Packed:
 
 
 LOGIT_KINDS = ["q8/32", "q8/96", "q8/0", "q8/16"]
-KINDS = ["q4", *LOGIT_KINDS, "q8m/32", "q8m/96"]
+KINDS = ["q4", "b16", *LOGIT_KINDS, "q8m/32", "q8m/96"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

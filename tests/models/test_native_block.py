@@ -11,7 +11,7 @@ from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, HeadSpe
 from shoal.kernels.reference import ReferenceOps
 from shoal.parallel.codes import Codes
 from shoal.parallel.comm import SoloComm
-from shoal.parallel.native import NativeInt4Linear, NativeInt8Linear
+from shoal.parallel.native import NativeDenseLinear, NativeInt4Linear, NativeInt8Linear
 from shoal.parallel.quant import StackedLinear
 from shoal.runtime.models.decoder import Attention, Block, SequentialBlock, Step
 from shoal.runtime.models.fuse import LayerParts, LayerWeights, Weights, select_fuse
@@ -32,6 +32,8 @@ def native() -> Native:
 
 
 def make_weights(native: Native, rows: int, columns: int, *, bits: int) -> Weights:
+    if bits == 16:
+        return NativeDenseLinear(native, (torch.randn(rows, columns) / 10).bfloat16()), None
     scale_FG = torch.rand(rows, columns // 32) / 100
     if bits == 8:
         codes_FD = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
@@ -90,7 +92,7 @@ def make_step(query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> Step:
     return Step(positions, slots, batch)
 
 
-@pytest.mark.parametrize("qkv", [(4,), (4, 4, 8), (8, 4, 8)], ids=str)
+@pytest.mark.parametrize("qkv", [(4,), (16,), (4, 16, 8), (8, 4, 8)], ids=str)
 @pytest.mark.parametrize("steps", [[((1, 1, 1), (3, 16, 1))] * 2, [((4,), (9,)), ((1,), (10,))], [((1, 3), (5, 8))]])
 def test_it_means_the_same(
     native: Native, steps: list[tuple[tuple[int, ...], tuple[int, ...]]], qkv: tuple[int, ...]

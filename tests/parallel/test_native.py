@@ -9,7 +9,7 @@ from gguf.quants import dequantize, quantize
 from shoal.kernels.native import load_native
 from shoal.parallel.blocks import read_blocks
 from shoal.parallel.codes import cut_columns
-from shoal.parallel.native import NativeInt4Linear, NativeInt8Linear
+from shoal.parallel.native import NativeDenseLinear, NativeInt4Linear, NativeInt8Linear
 from shoal.parallel.quant import CpuKernels
 
 from .test_blocks import expected, random_blocks
@@ -76,3 +76,18 @@ def test_input_need_not_be_contiguous() -> None:
 def test_memory_is_that_of_the_blocks() -> None:
     layer, dense = make_layer("Q4_1", 256, 512)
     assert layer.num_bytes() == dense.numel() // 32 * 20
+
+
+def test_numbers_are_packed_where_that_takes_no_more_memory() -> None:
+    native = load_native()
+    if native is None:
+        pytest.skip("no compiler here, or another processor")
+    kernels = CpuKernels(native, None, deterministic=False)
+    weight = torch.randn(96, 160).bfloat16()
+    layer = kernels.dense(weight)
+    assert isinstance(layer, NativeDenseLinear)
+    assert layer.num_bytes() == weight.nbytes
+    assert torch.equal(layer.apply(torch.eye(160).bfloat16()), weight.T)
+    for odd in (weight[:95], weight[:, :159], weight.half(), weight.float()):
+        assert kernels.dense(odd) is None
+    assert CpuKernels(None, None, deterministic=False).dense(weight) is None
