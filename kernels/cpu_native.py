@@ -7,7 +7,7 @@ from torch import Tensor, device
 
 from .cpu import CpuOps, is_plain
 from .cpu_attention import Prefill, Shape, plan_prefills, run_prefills
-from .native import STEP, DecodeShape, Native, PrefillShape, decode_shape, prefill_shapes
+from .native import STEP, DecodeShape, Native, PrefillShape, decode_shape, prefill_shapes, reads_cache
 from .ops import Activation, AttentionBatch, AttentionSpec, KVLayer
 
 
@@ -55,8 +55,9 @@ class NativeCpuOps(CpuOps):
         return self.native.swiglu(gate_up_T2F)
 
     def write_kv(self, k_TKE: Tensor, v_TKE: Tensor, cache: KVLayer, slots_T: Tensor) -> None:
-        rows_fit = all(x.stride()[1:] == (x.shape[2], 1) and x.dtype is cache.k_NKBE.dtype for x in (k_TKE, v_TKE))
-        if not (rows_fit and is_plain(cache) and slots_T.dtype is torch.int64):
+        rows_fit = all(x.stride()[1:] == (x.shape[2], 1) for x in (k_TKE, v_TKE)) and k_TKE.dtype is v_TKE.dtype
+        rows_fit = rows_fit and (cache.k_scale_NKB is None or k_TKE.shape[2] % 16 == 0)
+        if not (rows_fit and reads_cache(cache, k_TKE.dtype) and slots_T.dtype is torch.int64):
             return super().write_kv(k_TKE, v_TKE, cache, slots_T)
         return self.native.write_kv(k_TKE, v_TKE, cache, slots_T.contiguous())
 
@@ -69,8 +70,8 @@ class NativeCpuOps(CpuOps):
         *,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
-        fits = _fits(q_THE) and q_THE.stride(1) == q_THE.shape[2] and q_THE.dtype is cache.k_NKBE.dtype
-        plan = self._plan(q_THE, cache, batch, spec) if fits and sinks_H is None and is_plain(cache) else None
+        fits = _fits(q_THE) and q_THE.stride(1) == q_THE.shape[2] and reads_cache(cache, q_THE.dtype)
+        plan = self._plan(q_THE, cache, batch, spec) if fits and sinks_H is None else None
         if plan is None:
             return super().attention(q_THE, cache, batch, spec, sinks_H=sinks_H)
         out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype)
@@ -87,7 +88,8 @@ class NativeCpuOps(CpuOps):
         if 0 in batch.query_lens:  # padding rows come with captured graphs only
             return None
         tiles = q_THE.dtype is torch.bfloat16 and q_THE.shape[2] % STEP == 0
-        if batch.num_decodes < len(batch.kv_lens) and not tiles and (spec.softcap is not None or not batch.num_decodes):
+        by_torch = batch.num_decodes < len(batch.kv_lens) and not tiles
+        if by_torch and (spec.softcap is not None or not batch.num_decodes or not is_plain(cache)):
             return None
         if batch is not self._planned:  # held, so that no later batch can be taken for it, nor its tensors be freed
             self._planned, self._by_layer = batch, {}

@@ -21,6 +21,34 @@ log = logging.getLogger(__name__)
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}
+
+
+class CacheAddress(Structure):
+    """`KvLayer` of cache.h, where its fields are explained."""
+
+    _fields_ = (*((name, c_void_p) for name in ("k", "v", "k_scales", "v_scales")), ("code", c_long))
+
+    @staticmethod
+    def of(cache: KVLayer) -> "CacheAddress":
+        """All contiguous. The cache must outlive the result."""
+        k_scale, v_scale = cache.k_scale_NKB, cache.v_scale_NKB
+        if k_scale is None or v_scale is None:
+            return CacheAddress(cache.k_NKBE.data_ptr(), cache.v_NKBE.data_ptr(), None, None, 0)
+        code = _CODES[cache.k_NKBE.dtype]
+        return CacheAddress(
+            cache.k_NKBE.data_ptr(), cache.v_NKBE.data_ptr(), k_scale.data_ptr(), v_scale.data_ptr(), code
+        )
+
+
+def reads_cache(cache: KVLayer, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for this cache and activations of `dtype`: numbers of it, or codes for bfloat16."""
+    scales = cache.k_scale_NKB, cache.v_scale_NKB
+    if not all(part is None or part.is_contiguous() for part in (cache.k_NKBE, cache.v_NKBE, *scales)):
+        return False
+    return cache.k_NKBE.dtype is dtype if None in scales else dtype is torch.bfloat16 and cache.k_NKBE.dtype in _CODES
+
+
 class DecodeShape(Structure):
     """`DecodeShape` of attention.cpp, where its fields are explained."""
 
@@ -116,11 +144,11 @@ class Native:
         pointers: list[Any] = [c_void_p] * 7
         self._product = _declared(library.shoal_product, [*pointers[:3], c_long, c_long])
         self._logits = _declared(library.shoal_q8_logits, [*pointers[:3], c_long, c_long])
-        self._write_kv = _declared(library.shoal_write_kv, pointers[:6])
+        self._write_kv = _declared(library.shoal_write_kv, pointers[:5])
         self.mlp_half = _declared(library.shoal_mlp, [*pointers[:3], c_long])
-        self.attend_half = _declared(library.shoal_attend, pointers)
-        self._decode = _by_dtype(library, "decode", pointers[:5])
-        self._prefill = _declared(library.shoal_prefill, pointers[:5])
+        self.attend_half = _declared(library.shoal_attend, pointers[:6])
+        self._decode = _by_dtype(library, "decode", pointers[:4])
+        self._prefill = _declared(library.shoal_prefill, pointers[:4])
         self._norm = _by_dtype(library, "norm", [*pointers[:4], c_float, c_void_p])
         self._rope = _by_dtype(library, "rope", pointers[:5])
         self._swiglu = _by_dtype(library, "swiglu", pointers[:3])
@@ -160,16 +188,14 @@ class Native:
         return y_TF
 
     def decode_attention(self, out_SHE: Tensor, q_SHE: Tensor, cache: KVLayer, shape: DecodeShape) -> None:
-        """Attention of one token a sequence into `out_SHE`, contiguous. All of one dtype, the cache contiguous."""
-        self._decode[q_SHE.dtype](
-            out_SHE.data_ptr(), q_SHE.data_ptr(), cache.k_NKBE.data_ptr(), cache.v_NKBE.data_ptr(), byref(shape)
-        )
+        """Attention of one token a sequence into `out_SHE`, contiguous. The cache: see `reads_cache`."""
+        address = CacheAddress.of(cache)
+        self._decode[q_SHE.dtype](out_SHE.data_ptr(), q_SHE.data_ptr(), byref(address), byref(shape))
 
     def prefill_attention(self, out_QHE: Tensor, q_QHE: Tensor, cache: KVLayer, shape: PrefillShape) -> None:
-        """Attention of one sequence's new tokens into `out_QHE`, contiguous. All bfloat16, dim a multiple of 32."""
-        self._prefill(
-            out_QHE.data_ptr(), q_QHE.data_ptr(), cache.k_NKBE.data_ptr(), cache.v_NKBE.data_ptr(), byref(shape)
-        )
+        """Attention of one sequence's new tokens into `out_QHE`, contiguous, in bfloat16. dim is a multiple of 32."""
+        address = CacheAddress.of(cache)
+        self._prefill(out_QHE.data_ptr(), q_QHE.data_ptr(), byref(address), byref(shape))
 
     def rms_norm(
         self, out: Tensor, x: Tensor, weight_D: Tensor, *, eps: float, residual_TD: Tensor | None = None
@@ -197,19 +223,13 @@ class Native:
         return out_TF
 
     def write_kv(self, k_TKE: Tensor, v_TKE: Tensor, cache: KVLayer, slots_T: Tensor) -> None:
-        """`Ops.write_kv`: all of one dtype, a token's heads side by side, the cache contiguous, slots int64."""
+        """`Ops.write_kv`: one dtype, a token's heads side by side, slots int64, a cache as `reads_cache` says."""
         _, kv_heads, page_size, dim = cache.k_NKBE.shape
+        address = CacheAddress.of(cache)
         size = k_TKE.element_size()
         tokens, strides = k_TKE.shape[0], (k_TKE.stride(0) * size, v_TKE.stride(0) * size)
         shape = (c_long * 6)(tokens, kv_heads, page_size, dim * size, *strides)
-        self._write_kv(
-            cache.k_NKBE.data_ptr(),
-            cache.v_NKBE.data_ptr(),
-            k_TKE.data_ptr(),
-            v_TKE.data_ptr(),
-            slots_T.data_ptr(),
-            shape,
-        )
+        self._write_kv(byref(address), k_TKE.data_ptr(), v_TKE.data_ptr(), slots_T.data_ptr(), shape)
 
 
 def _by_dtype(library: ctypes.CDLL, name: str, arguments: list[Any]) -> dict[torch.dtype, Any]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .native import STEP, TILE_ROWS, DecodeShape, Native, Weight
+from .native import STEP, TILE_ROWS, CacheAddress, DecodeShape, Native, Weight
 from .ops import HeadSpec, KVLayer, NormWeight
 
 MOST_PARTS = 3
@@ -96,11 +96,11 @@ class NativeAttend:
         self, delta_TD: Tensor, residual_TD: Tensor, cache: KVLayer, *, rows: DecodeRows, shape: DecodeShape
     ) -> Tensor:
         """Overwrites delta and residual, and returns delta, then the result. shape: of the step's attention."""
+        address = CacheAddress.of(cache)
         self._run(
             delta_TD.data_ptr(),
             residual_TD.data_ptr(),
-            cache.k_NKBE.data_ptr(),
-            cache.v_NKBE.data_ptr(),
+            byref(address),
             byref(self._layer),
             byref(rows),
             byref(shape),

@@ -4,9 +4,9 @@
 namespace shoal {
 namespace {
 
-template <class T>
-void decode(void* out, const void* q, const void* k, const void* v, const DecodeShape& shape) {
-    const Decode<T> decode(shape, k, v);
+template <class T, class S>
+void decode(void* out, const void* q, const KvLayer& kv, const DecodeShape& shape) {
+    const Decode<T, S> decode(shape, kv);
     const long group = shape.heads / shape.kv_heads;
     parallel_for(decode.tasks(), [&](long number) {
         const auto task = decode.task(number);
@@ -20,14 +20,19 @@ void decode(void* out, const void* q, const void* k, const void* v, const Decode
 }  // namespace
 }  // namespace shoal
 
-// out [seqs, heads, dim], contiguous; q [seqs, heads, dim], a token `query_stride` numbers after the other; k and v
-// [pages, kv heads, page size, dim]. dim is a multiple of 16. All of one type.
-extern "C" void shoal_decode_bf16(void* out, const void* q, const void* k, const void* v, const shoal::DecodeShape* shape) {
-    shoal::decode<shoal::bf16>(out, q, k, v, *shape);
+// out [seqs, heads, dim], contiguous; q [seqs, heads, dim], a token `query_stride` numbers after the other. dim is a multiple
+// of 16. All of one type, but codes, which are for bfloat16.
+extern "C" void shoal_decode_bf16(void* out, const void* q, const shoal::KvLayer* kv, const shoal::DecodeShape* shape) {
+    using namespace shoal;
+    switch (kv->code) {
+        case kInt8: return decode<bf16, int8>(out, q, *kv, *shape);
+        case kFp8: return decode<bf16, fp8>(out, q, *kv, *shape);
+        default: return decode<bf16, bf16>(out, q, *kv, *shape);
+    }
 }
-extern "C" void shoal_decode_fp16(void* out, const void* q, const void* k, const void* v, const shoal::DecodeShape* shape) {
-    shoal::decode<shoal::fp16>(out, q, k, v, *shape);
+extern "C" void shoal_decode_fp16(void* out, const void* q, const shoal::KvLayer* kv, const shoal::DecodeShape* shape) {
+    shoal::decode<shoal::fp16, shoal::fp16>(out, q, *kv, *shape);
 }
-extern "C" void shoal_decode_fp32(void* out, const void* q, const void* k, const void* v, const shoal::DecodeShape* shape) {
-    shoal::decode<float>(out, q, k, v, *shape);
+extern "C" void shoal_decode_fp32(void* out, const void* q, const shoal::KvLayer* kv, const shoal::DecodeShape* shape) {
+    shoal::decode<float, float>(out, q, *kv, *shape);
 }

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#include "common.h"
+#include "cache.h"
 
 namespace shoal {
 
@@ -26,16 +26,17 @@ constexpr int kHeads = 4;     // query heads at once: 4 x 4 sums in registers
 constexpr float kLog2E = 1.44269504088896341f;
 
 // Keys of one page that a task looks at.
-template <class T>
+template <class S>
 struct Run {
-    const T *k, *v;
+    const S *k, *v;
+    const float *k_scales, *v_scales;  // of codes
     long count;
 };
 
 // Four keys' products with G queries. `scores` has room for 4 a head; keys past `count` repeat the last one.
-template <class T, int G>
-inline void four_scores(const float* q, const T* k, long count, long dim, float* scores) {
-    const T* keys[4];
+template <class S, int G>
+inline void four_scores(const float* q, const S* k, long count, long dim, float* scores) {
+    const S* keys[4];
     for (long i = 0; i < 4; i++) keys[i] = k + std::min(i, count - 1) * dim;
     __m512 sums[G][4];
     for (auto& head : sums)
@@ -87,13 +88,13 @@ inline Mass weigh(float* scores, long count, float softcap) {
 }
 
 // G heads' weighted sums over the runs of V vectors of 16 values.
-template <class T, int G, int V>
-void sum_values(const std::vector<Run<T>>& runs, const float* weights, long first, long dim, float* out) {
+template <class S, int G, int V>
+void sum_values(const std::vector<Run<S>>& runs, const float* weights, long first, long dim, float* out) {
     __m512 sums[G][V];
     for (auto& head : sums)
         for (auto& sum : head) sum = _mm512_setzero_ps();
-    for (const Run<T>& run : runs) {
-        const T* v = run.v + first;
+    for (const Run<S>& run : runs) {
+        const S* v = run.v + first;
         for (long key = 0; key < run.count; key++, v += dim, weights++) {
             __m512 values[V];
             for (int i = 0; i < V; i++) values[i] = load(v + 16 * i);
@@ -110,42 +111,52 @@ void sum_values(const std::vector<Run<T>>& runs, const float* weights, long firs
 }
 
 // G query heads over one task's keys: sums [G, dim], not yet divided by their weight.
-template <class T, int G>
-void attend(const std::vector<Run<T>>& runs, const float* q, const DecodeShape& shape, float* out, Mass* mass) {
+template <class S, int G>
+void attend(const std::vector<Run<S>>& runs, const float* q, const DecodeShape& shape, float* out, Mass* mass) {
     alignas(64) float scores[G][kSplit + 16];
     long count = 0;
-    for (const Run<T>& run : runs) {
+    for (const Run<S>& run : runs) {
         for (long key = 0; key < run.count; key += 4)
-            four_scores<T, G>(q, run.k + key * shape.dim, run.count - key, shape.dim, scores[0] + count + key);
+            four_scores<S, G>(q, run.k + key * shape.dim, run.count - key, shape.dim, scores[0] + count + key);
+        if constexpr (kCoded<S>)
+            for (int g = 0; g < G; g++) multiply_by(scores[g] + count, run.k_scales, run.count);
         count += run.count;
     }
     for (int g = 0; g < G; g++) mass[g] = weigh(scores[g], count, shape.softcap);
+    if constexpr (kCoded<S>) {  // a value's scale goes to its weight, whose mass is counted
+        count = 0;
+        for (const Run<S>& run : runs) {
+            for (int g = 0; g < G; g++) multiply_by(scores[g] + count, run.v_scales, run.count);
+            count += run.count;
+        }
+    }
     long first = 0;
-    for (; first + 64 <= shape.dim; first += 64) sum_values<T, G, 4>(runs, scores[0], first, shape.dim, out);
-    for (; first < shape.dim; first += 16) sum_values<T, G, 1>(runs, scores[0], first, shape.dim, out);
+    for (; first + 64 <= shape.dim; first += 64) sum_values<S, G, 4>(runs, scores[0], first, shape.dim, out);
+    for (; first < shape.dim; first += 16) sum_values<S, G, 1>(runs, scores[0], first, shape.dim, out);
 }
 
-template <class T>
-std::vector<Run<T>>& find_runs(const DecodeShape& shape, const T* k, const T* v, long seq, long kv_head, long begin,
-                               long end) {
-    static thread_local std::vector<Run<T>> runs;
+template <class S>
+std::vector<Run<S>>& find_runs(const DecodeShape& shape, const KvLayer& kv, long seq, long kv_head, long begin, long end) {
+    static thread_local std::vector<Run<S>> runs;
     runs.clear();
     for (long key = begin; key < end;) {
         const long page = shape.table[seq * shape.table_stride + key / shape.page_size], offset = key % shape.page_size;
         const long count = std::min(shape.page_size - offset, end - key);
-        const long at = ((page * shape.kv_heads + kv_head) * shape.page_size + offset) * shape.dim;
-        runs.push_back({k + at, v + at, count});
+        const long token = (page * shape.kv_heads + kv_head) * shape.page_size + offset, at = token * shape.dim;
+        Run<S> run{(const S*)kv.k + at, (const S*)kv.v + at, nullptr, nullptr, count};
+        if constexpr (kCoded<S>) run.k_scales = kv.k_scales + token, run.v_scales = kv.v_scales + token;
+        runs.push_back(run);
         key += count;
     }
     return runs;
 }
 
-// One step's tasks: first all parts, then, with a barrier between, all merges.
-template <class T>
+// One step's tasks: first all parts, then, with a barrier between, all merges. T: of queries and results. S: what is stored.
+template <class T, class S>
 class Decode {
 public:
-    Decode(const DecodeShape& shape, const void* k, const void* v)
-        : shape(shape), k((const T*)k), v((const T*)v), sums(scratch<float>()), masses(scratch<Mass>()) {
+    Decode(const DecodeShape& shape, const KvLayer& kv)
+        : shape(shape), kv(kv), sums(scratch<float>()), masses(scratch<Mass>()) {
         sums.resize(tasks() * group * shape.dim);
         masses.resize(tasks() * group);
     }
@@ -166,13 +177,13 @@ public:
         Mass* mass = &masses[number * group];
         std::fill(mass, mass + group, Mass{-INFINITY, 0});
         if (begin >= end) return;
-        const auto& runs = find_runs(shape, k, v, seq, kv_head, begin, end);
+        const auto& runs = find_runs<S>(shape, kv, seq, kv_head, begin, end);
         static thread_local std::vector<float> queries;
         queries.resize(group * shape.dim);
         const __m512 scale = _mm512_set1_ps(shape.scale * kLog2E);
         for (long e = 0; e < group * shape.dim; e += 16) _mm512_storeu_ps(&queries[e], _mm512_mul_ps(load(q + e), scale));
-        using Attend = void (*)(const std::vector<Run<T>>&, const float*, const DecodeShape&, float*, Mass*);
-        constexpr Attend kAttend[kHeads] = {attend<T, 1>, attend<T, 2>, attend<T, 3>, attend<T, 4>};
+        using Attend = void (*)(const std::vector<Run<S>>&, const float*, const DecodeShape&, float*, Mass*);
+        constexpr Attend kAttend[kHeads] = {attend<S, 1>, attend<S, 2>, attend<S, 3>, attend<S, 4>};
         for (long g = 0; g < group; g += kHeads) {
             const long at = (number * group + g) * shape.dim;
             kAttend[std::min<long>(group - g, kHeads) - 1](runs, &queries[g * shape.dim], shape, &sums[at], mass + g);
@@ -206,7 +217,7 @@ private:
     }
 
     const DecodeShape& shape;
-    const T *k, *v;
+    const KvLayer& kv;
     const long group = shape.heads / shape.kv_heads;
     const long splits = std::max(1L, (shape.max_len + kSplit - 1) / kSplit);
     std::vector<float>& sums;   // [tasks, group, dim]

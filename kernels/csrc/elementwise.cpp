@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cache.h"
+
 namespace shoal {
 namespace {
 
@@ -68,18 +70,46 @@ FOR_TYPE(bf16, shoal::bf16)
 FOR_TYPE(fp16, shoal::fp16)
 FOR_TYPE(fp32, float)
 
-// Heads of `bytes` bytes each into their slots of a cache [pages, kv heads, page size, dim]; slot -1: nowhere. shape:
-// tokens, kv heads, page size, bytes, and the bytes from one token of k, and of v, to the next. Heads lie side by side.
-extern "C" void shoal_write_kv(char* k_cache, char* v_cache, const char* k, const char* v, const int64_t* slots,
-                               const long* shape) {
+namespace shoal {
+namespace {
+
+// take(head of the new keys or values, where it is stored, its number among all heads of all slots), for keys, then values.
+template <class Take>
+void each_head(const KvLayer& kv, const char* k, const char* v, const int64_t* slots, const long* shape, const Take& take) {
     const long kv_heads = shape[1], page_size = shape[2], bytes = shape[3];
-    for (long token = 0; token < shape[0]; token++) {
-        if (slots[token] < 0) continue;
+    for_rows(shape[0], kv_heads * bytes, [&](long token) {
+        if (slots[token] < 0) return;
         const long page = slots[token] / page_size, offset = slots[token] % page_size;
         for (long head = 0; head < kv_heads; head++) {
-            const long at = ((page * kv_heads + head) * page_size + offset) * bytes;
-            std::memcpy(k_cache + at, k + token * shape[4] + head * bytes, bytes);
-            std::memcpy(v_cache + at, v + token * shape[5] + head * bytes, bytes);
+            const long at = (page * kv_heads + head) * page_size + offset;
+            take(k + token * shape[4] + head * bytes, kv.k, kv.k_scales, at);
+            take(v + token * shape[5] + head * bytes, kv.v, kv.v_scales, at);
         }
+    });
+}
+
+template <class S>
+void write_codes(const KvLayer& kv, const char* k, const char* v, const int64_t* slots, const long* shape) {
+    const long dim = shape[3] / sizeof(bf16);
+    each_head(kv, k, v, slots, shape, [&](const char* from, void* cache, float* scales, long at) {
+        scales[at] = encode((S*)cache + at * dim, (const bf16*)from, dim);
+    });
+}
+
+}  // namespace
+}  // namespace shoal
+
+// Heads into their slots of a cache; slot -1: nowhere. shape: tokens, kv heads, page size, bytes of a head, and the bytes
+// from one token of k, and of v, to the next. Heads lie side by side; those that become codes are bfloat16.
+extern "C" void shoal_write_kv(const shoal::KvLayer* kv, const char* k, const char* v, const int64_t* slots,
+                               const long* shape) {
+    using namespace shoal;
+    switch (kv->code) {
+        case kInt8: return write_codes<int8>(*kv, k, v, slots, shape);
+        case kFp8: return write_codes<fp8>(*kv, k, v, slots, shape);
+        default:
+            each_head(*kv, k, v, slots, shape, [&](const char* from, void* cache, float*, long at) {
+                std::memcpy((char*)cache + at * shape[3], from, shape[3]);
+            });
     }
 }

@@ -101,13 +101,14 @@ void turn(bf16* out, const bf16* head, const AttendLayer& layer, const float* no
     if (layer.angles) rotate(out, angles, angles + layer.rotated / 2, layer.rotated / 2);
 }
 
+template <class S>
 struct Attend {
     const AttendLayer& layer;
     const DecodeRows& rows;
     const DecodeShape& shape;
-    bf16 *k_cache, *v_cache;
+    const KvLayer& kv;
     const bf16* qkv;
-    const Decode<bf16> decode{shape, k_cache, v_cache};
+    const Decode<bf16, S> decode{shape, kv};
 
     // A task's queries; its key and value, too, if it is the one that looks at them.
     void part(long number) const {
@@ -126,14 +127,24 @@ struct Attend {
 
     void store_kv(const bf16* own, long seq, long kv_head, long position) const {
         const long page = rows.slots[seq] / shape.page_size, offset = rows.slots[seq] % shape.page_size;
-        const long at = ((page * shape.kv_heads + kv_head) * shape.page_size + offset) * shape.dim;
+        const long token = (page * shape.kv_heads + kv_head) * shape.page_size + offset, at = token * shape.dim;
         const bf16 *key = own + (shape.heads + kv_head) * shape.dim, *value = key + shape.kv_heads * shape.dim;
-        turn(k_cache + at, key, layer, layer.k_norm, position, shape.dim);
-        std::copy(value, value + shape.dim, v_cache + at);
+        S *k_cache = (S*)kv.k + at, *v_cache = (S*)kv.v + at;
+        if constexpr (kCoded<S>) {
+            static thread_local std::vector<bf16> scratch;
+            bf16* turned = grown(scratch, shape.dim);
+            turn(turned, key, layer, layer.k_norm, position, shape.dim);
+            kv.k_scales[token] = encode(k_cache, turned, shape.dim);
+            kv.v_scales[token] = encode(v_cache, value, shape.dim);
+        } else {
+            turn(k_cache, key, layer, layer.k_norm, position, shape.dim);
+            std::copy(value, value + shape.dim, v_cache);
+        }
     }
 };
 
-void attend_half(bf16* delta, float* residual, bf16* k_cache, bf16* v_cache, const AttendLayer& layer, const DecodeRows& rows,
+template <class S>
+void attend_half(bf16* delta, float* residual, const KvLayer& kv, const AttendLayer& layer, const DecodeRows& rows,
                  const DecodeShape& shape) {
     static thread_local std::vector<bf16> entered, projected, attended;
     static thread_local std::vector<float> entered_sums, attended_sums;
@@ -143,7 +154,7 @@ void attend_half(bf16* delta, float* residual, bf16* k_cache, bf16* v_cache, con
     long outputs = 0, tiles = 0;
     for (const Weight& part : layer.qkv) outputs += part.outputs, tiles += part.tiles();
     bf16* qkv = grown(projected, count * outputs);
-    const Attend attend{layer, rows, shape, k_cache, v_cache, qkv};
+    const Attend<S> attend{layer, rows, shape, kv, qkv};
     Team::run([&](Team::Member& team) {
         team.each(count, [&](long row) { enter(x, delta, residual, layer.norm, layer.eps, row); });
         team.each(tiles, [&](long tile) { multiply_stacked(layer.qkv, tile, x, count, qkv, outputs); });
@@ -168,8 +179,13 @@ extern "C" void shoal_mlp(shoal::bf16* delta, float* residual, const shoal::MlpL
 
 // x = norm(residual += delta); delta = out(attention(qkv(x))), of one token a sequence, whose key and value are stored.
 // Rows of `shape`'s queries are those of qkv's output.
-extern "C" void shoal_attend(shoal::bf16* delta, float* residual, shoal::bf16* k_cache, shoal::bf16* v_cache,
-                             const shoal::AttendLayer* layer, const shoal::DecodeRows* rows,
-                             const shoal::DecodeShape* shape) {
-    if (shape->seqs) shoal::attend_half(delta, residual, k_cache, v_cache, *layer, *rows, *shape);
+extern "C" void shoal_attend(shoal::bf16* delta, float* residual, const shoal::KvLayer* kv, const shoal::AttendLayer* layer,
+                             const shoal::DecodeRows* rows, const shoal::DecodeShape* shape) {
+    using namespace shoal;
+    if (!shape->seqs) return;
+    switch (kv->code) {
+        case kInt8: return attend_half<int8>(delta, residual, *kv, *layer, *rows, *shape);
+        case kFp8: return attend_half<fp8>(delta, residual, *kv, *layer, *rows, *shape);
+        default: return attend_half<bf16>(delta, residual, *kv, *layer, *rows, *shape);
+    }
 }

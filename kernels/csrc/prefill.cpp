@@ -32,30 +32,45 @@ struct Pair {
 // Where one key/value head's keys and values lie, and how they are laid out anew.
 struct Packed {
     const PrefillShape& shape;
-    const bf16 *k, *v;
+    const KvLayer& kv;
     long begin;    // the first key that is looked at, at a block's border
     Pair* keys;    // [kv heads, keys / 32, dim / 2, 32 keys]
     Pair* values;  // [kv heads, keys / 32, dim / 32, 16 pairs of keys, 32 dims]
+    float *key_scales, *value_scales;  // [kv heads, keys]: of codes, which are laid out as they are; else null
 
     long parts() const { return (shape.keys - begin + kLane - 1) / kLane; }
     long size() const { return kLane * shape.dim / 2; }
     Pair* keys_at(long head, long part) const { return keys + (head * parts() + part) * size(); }
     Pair* values_at(long head, long part) const { return values + (head * parts() + part) * size(); }
 
+    const float* key_scales_at(long head, long part) const { return key_scales ? key_scales + scale(head, part) : nullptr; }
+    const float* value_scales_at(long head, long part) const { return value_scales ? value_scales + scale(head, part) : nullptr; }
+    long scale(long head, long part) const { return (head * parts() + part) * kLane; }
+
     // Whatever a page's last owner left behind the sequence's end becomes zero: a NaN would get past any mask.
+    template <class S>
     void pack(long head, long part) const {
+        const S *k = (const S*)kv.k, *v = (const S*)kv.v;
         Pair *to_keys = keys_at(head, part), *to_values = values_at(head, part);
         std::memset(to_keys, 0, size() * sizeof(Pair));
         std::memset(to_values, 0, size() * sizeof(Pair));
+        if constexpr (kCoded<S>) {
+            std::fill_n(key_scales + scale(head, part), kLane, 0.0f);
+            std::fill_n(value_scales + scale(head, part), kLane, 0.0f);
+        }
         const long first = begin + part * kLane, count = std::min(kLane, shape.keys - first);
         for (long i = 0; i < count; i++) {
             const long key = first + i, page = shape.table[key / shape.page_size], offset = key % shape.page_size;
-            const long at = ((page * shape.kv_heads + head) * shape.page_size + offset) * shape.dim;
+            const long token = (page * shape.kv_heads + head) * shape.page_size + offset, at = token * shape.dim;
+            if constexpr (kCoded<S>) {
+                key_scales[scale(head, part) + i] = kv.k_scales[token];
+                value_scales[scale(head, part) + i] = kv.v_scales[token];
+            }
             for (long pair = 0; pair < shape.dim / 2; pair++)
-                to_keys[pair * kLane + i] = {k[at + 2 * pair], k[at + 2 * pair + 1]};
+                to_keys[pair * kLane + i] = {as_bf16(k[at + 2 * pair]), as_bf16(k[at + 2 * pair + 1])};
             for (long e = 0; e < shape.dim; e++) {
                 Pair& to = to_values[(e / kLane * kLane / 2 + i / 2) * kLane + e % kLane];
-                (i % 2 ? to.second : to.first) = v[at + e];
+                (i % 2 ? to.second : to.first) = as_bf16(v[at + e]);
             }
         }
     }
@@ -96,12 +111,14 @@ struct Block {
         return below(last + 1) & ~below(hidden);
     }
 
-    // Scores become weights; what was summed before is worth `share` of itself.
-    void weigh(int r, long key, long count) {
+    // Scores become weights; what was summed before is worth `share` of itself. A value's scale goes to its weight, whose
+    // mass is counted.
+    void weigh(int r, long key, long count, const float* key_scales, const float* value_scales) {
         const __m512 scale = _mm512_set1_ps(shape.scale * kLog2E), least = _mm512_set1_ps(-INFINITY);
         __m512 highest = least, sum = _mm512_setzero_ps();
         for (long i = 0; i < count; i += 16) {
             __m512 score = _mm512_mul_ps(load(&scores[r][i]), scale);
+            if (key_scales) score = _mm512_mul_ps(score, load(key_scales + i));
             if (shape.softcap != 0) score = capped(score, shape.softcap);
             score = _mm512_mask_mov_ps(least, visible(r, key + i), score);
             store(&scores[r][i], score);
@@ -110,7 +127,7 @@ struct Block {
         const float top = std::max(max[r], _mm512_reduce_max_ps(highest));
         for (long i = 0; i < count; i += 16) {
             const __m512 weight = exp2(_mm512_sub_ps(load(&scores[r][i]), _mm512_set1_ps(top)));
-            store(&weights[r][i], weight);
+            store(&weights[r][i], value_scales ? _mm512_mul_ps(weight, load(value_scales + i)) : weight);
             sum = _mm512_add_ps(sum, weight);
         }
         share[r] = std::exp2(max[r] - top);
@@ -150,7 +167,7 @@ void attend_rows(bf16* out, const bf16* q, const Packed& packed, long head, long
     for (long key = low / kKeys * kKeys; key < end; key += kKeys) {
         const long part = (key - packed.begin) / kLane, count = (std::min(kKeys, end - key) + kLane - 1) / kLane * kLane;
         block.score(packed.keys_at(kv_head, part), count);
-        for (int r = 0; r < kRows; r++) block.weigh(r, key, count);
+        for (int r = 0; r < kRows; r++) block.weigh(r, key, count, packed.key_scales_at(kv_head, part), packed.value_scales_at(kv_head, part));
         block.sum_values(packed.values_at(kv_head, part), count);
     }
     for (long r = 0; r < rows; r++) {
@@ -160,16 +177,22 @@ void attend_rows(bf16* out, const bf16* q, const Packed& packed, long head, long
     }
 }
 
-void prefill(bf16* out, const bf16* q, const bf16* k, const bf16* v, const PrefillShape& shape) {
+template <class S>
+void prefill(bf16* out, const bf16* q, const KvLayer& kv, const PrefillShape& shape) {
     static thread_local std::vector<Pair> keys, values;
+    static thread_local std::vector<float> key_scales, value_scales;
     const long low = shape.window ? std::max(0L, shape.keys - shape.tokens - shape.window + 1) : 0;
-    Packed packed{shape, k, v, low / kKeys * kKeys};
+    Packed packed{shape, kv, low / kKeys * kKeys};
     const long parts = packed.parts(), size = shape.kv_heads * parts * packed.size();
     if ((long)keys.size() < size) keys.resize(size), values.resize(size);
     packed.keys = keys.data(), packed.values = values.data();
+    if constexpr (kCoded<S>) {
+        key_scales.resize(shape.kv_heads * parts * kLane), value_scales.resize(shape.kv_heads * parts * kLane);
+        packed.key_scales = key_scales.data(), packed.value_scales = value_scales.data();
+    }
     const long blocks = (shape.tokens + kRows - 1) / kRows;
     Team::run([&](Team::Member& team) {
-        team.each(shape.kv_heads * parts, [&](long task) { packed.pack(task / parts, task % parts); });
+        team.each(shape.kv_heads * parts, [&](long task) { packed.pack<S>(task / parts, task % parts); });
         team.each(shape.heads * blocks, [&](long task) {  // the longest first
             attend_rows(out, q, packed, task % shape.heads, (blocks - 1 - task / shape.heads) * kRows);
         });
@@ -179,9 +202,15 @@ void prefill(bf16* out, const bf16* q, const bf16* k, const bf16* v, const Prefi
 }  // namespace
 }  // namespace shoal
 
-// out [tokens, heads, dim], contiguous; q [tokens, heads, dim], a token `query_stride` numbers after the other; k and v
-// [pages, kv heads, page size, dim]. dim is a multiple of 32.
-extern "C" void shoal_prefill(shoal::bf16* out, const shoal::bf16* q, const shoal::bf16* k, const shoal::bf16* v,
+// out [tokens, heads, dim], contiguous; q [tokens, heads, dim], a token `query_stride` numbers after the other. dim is a
+// multiple of 32.
+extern "C" void shoal_prefill(shoal::bf16* out, const shoal::bf16* q, const shoal::KvLayer* kv,
                               const shoal::PrefillShape* shape) {
-    if (shape->tokens) shoal::prefill(out, q, k, v, *shape);
+    using namespace shoal;
+    if (!shape->tokens) return;
+    switch (kv->code) {
+        case kInt8: return prefill<int8>(out, q, *kv, *shape);
+        case kFp8: return prefill<fp8>(out, q, *kv, *shape);
+        default: return prefill<bf16>(out, q, *kv, *shape);
+    }
 }

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.cpu import is_plain
-from ...kernels.native import DecodeShape, Native, decode_shape
+from ...kernels.native import DecodeShape, Native, decode_shape, reads_cache
 from ...kernels.native_layer import (
     MOST_PARTS,
     DecodeRows,
@@ -133,13 +132,10 @@ class NativeBlock:
         self._heads = heads
 
     def __call__(self, delta_TD: Tensor, residual_TD: Tensor, step: Step, cache: KVLayer) -> Tensor:
-        planned = self._steps.at(step, cache, self._spec, heads=self._heads) if _fits(cache) else None
+        fits = reads_cache(cache, torch.bfloat16)
+        planned = self._steps.at(step, cache, self._spec, heads=self._heads) if fits else None
         if planned is None:
             return self._composed(delta_TD, residual_TD, step, cache)
         attended_TD = self._attend(delta_TD, residual_TD, cache, rows=planned.rows, shape=planned.shape)
         self._comm.all_reduce(attended_TD)
         return self._comm.all_reduce(self._mlp(attended_TD, residual_TD))
-
-
-def _fits(cache: KVLayer) -> bool:
-    return is_plain(cache) and cache.k_NKBE.dtype is torch.bfloat16

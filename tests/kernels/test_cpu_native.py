@@ -11,7 +11,8 @@ import torch
 
 from shoal.kernels import native_build
 from shoal.kernels.cpu_native import NativeCpuOps
-from shoal.kernels.native import TILE_ROWS, Native, load_native, pack_b16, pack_q4, pack_q8, q8_rows
+from shoal.kernels.kv_codes import encode
+from shoal.kernels.native import TILE_ROWS, Native, load_native, pack_b16, pack_q4, pack_q8, q8_rows, reads_cache
 from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, KVLayer
 from shoal.kernels.reference import ReferenceOps
 
@@ -123,6 +124,52 @@ def test_decode(
     cache = make_cache(batch, page, heads=kv_heads, dim=dim, dtype=dtype)
     q = make_query(batch, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype)
     close(ops.attention(q, cache, batch, spec), reference.attention(q, cache, batch, spec))
+
+
+CODES = [torch.int8, torch.float8_e4m3fn]
+
+
+def as_codes(cache: KVLayer, dtype: torch.dtype) -> KVLayer:
+    (k, k_scale), (v, v_scale) = (encode(part, dtype) for part in cache)
+    return KVLayer(k, v, k_scale, v_scale)
+
+
+@pytest.mark.parametrize("stored", CODES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page"), [(9, 3, 64, 32), (4, 4, 80, 16), (8, 1, 128, 256)])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize(
+    "lens", [[(1, length) for length in LENS], [(1, 600), (9, 9), (70, 300)]], ids=["decode", "all"]
+)
+def test_codes_of_eight_bits(
+    ops: NativeCpuOps, reference: ReferenceOps, *, stored: torch.dtype, heads: int, kv_heads: int, dim: int, page: int,
+    spec: AttentionSpec, lens: list[tuple[int, int]],
+) -> None:  # fmt: skip
+    batch, dtype = make_batch(lens, page), torch.bfloat16
+    cache = as_codes(make_cache(batch, page, heads=kv_heads, dim=dim, dtype=dtype), stored)
+    assert reads_cache(cache, dtype)
+    q = make_query(batch, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype)
+    close(ops.attention(q, cache, batch, spec), reference.attention(q, cache, batch, spec))
+
+
+@pytest.mark.parametrize("stored", CODES)
+def test_codes_are_written_as_the_reference_writes_them(
+    ops: NativeCpuOps, reference: ReferenceOps, stored: torch.dtype
+) -> None:
+    tokens, heads, dim = 300, 5, 48
+    size = torch.logspace(-38, 38, tokens)[:, None, None]
+    qkv = (torch.randn(tokens, 3 * heads, dim) * size).bfloat16()
+    qkv[::7] = (torch.randn(qkv[::7].shape) ** 5).bfloat16()  # small beside the largest: codes that are subnormal
+    qkv[3], qkv[4, :, 5], qkv[5, :, 6], qkv[6, :, 7] = 0, torch.nan, torch.inf, -torch.inf
+    caches = [as_codes(KVLayer(*torch.zeros(2, 20, heads, 16, dim)), stored) for _ in range(2)]
+    slots = torch.randperm(20 * 16)[:tokens]
+    slots[8] = -1
+    for some, cache in zip((ops, reference), caches, strict=True):
+        some.write_kv(qkv[:, heads : 2 * heads], qkv[:, 2 * heads :], cache, slots)
+    ours, theirs = caches
+    for found, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    for found, expected in ((ours.k_scale_NKB, theirs.k_scale_NKB), (ours.v_scale_NKB, theirs.v_scale_NKB)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("group", range(1, 10))

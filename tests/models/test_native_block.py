@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shoal.kernels.cpu_native import NativeCpuOps
+from shoal.kernels.kv_codes import encode, largest_code
 from shoal.kernels.native import Native, load_native
 from shoal.kernels.ops import Activation, AttentionBatch, AttentionSpec, HeadSpec, KVLayer, NormWeight
 from shoal.kernels.reference import ReferenceOps
@@ -92,10 +93,11 @@ def make_step(query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> Step:
     return Step(positions, slots, batch)
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("qkv", [(4,), (16,), (4, 16, 8), (8, 4, 8)], ids=str)
 @pytest.mark.parametrize("steps", [[((1, 1, 1), (3, 16, 1))] * 2, [((4,), (9,)), ((1,), (10,))], [((1, 3), (5, 8))]])
 def test_it_means_the_same(
-    native: Native, steps: list[tuple[tuple[int, ...], tuple[int, ...]]], qkv: tuple[int, ...]
+    native: Native, steps: list[tuple[tuple[int, ...], tuple[int, ...]]], qkv: tuple[int, ...], stored: torch.dtype
 ) -> None:
     """Steps of single tokens, of prompts, and of both, one after the other through one cache."""
     ops, parts = NativeCpuOps(CPU, native), make_parts(native, qkv=qkv)
@@ -104,6 +106,9 @@ def test_it_means_the_same(
     assert isinstance(fused, NativeBlock)
     keys = torch.randn(2, 3, KV_HEADS, PAGE, DIM).bfloat16()
     caches = [KVLayer(*keys.clone()) for _ in range(2)]
+    if largest_code(stored):
+        codes, scales = encode(keys, stored)
+        caches = [KVLayer(*codes.clone(), *scales.clone()) for _ in range(2)]
     for lens in steps:
         step = make_step(*lens)
         delta, residual = torch.randn(len(step.slots_T), HIDDEN).bfloat16(), torch.randn(len(step.slots_T), HIDDEN)
@@ -112,7 +117,9 @@ def test_it_means_the_same(
         expected, found = (block(delta.clone(), own, step, cache) for block, own, cache in pairs)
         assert torch.equal(found, expected)
         assert torch.equal(*residuals)
-    assert torch.equal(caches[0].k_NKBE, caches[1].k_NKBE)
+    first, second = caches
+    assert torch.equal(first.k_NKBE.float(), second.k_NKBE.float())
+    assert first.k_scale_NKB is None or (first.k_scale_NKB == second.k_scale_NKB).all()
 
 
 def test_where_it_is_not_chosen(native: Native) -> None:
