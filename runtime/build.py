@@ -31,7 +31,7 @@ from .models.spec import ModelSpec
 from .models.spec_cache import remembered_spec
 from .plan import StepPlan, StepResult
 from .policy import select_policy
-from .rank import DTYPES, RankSpec, build_worker, decode_result, encode_plan, open_checkpoint
+from .rank import DTYPES, RankSpec, build_worker, decode_result, encode_plan, open_checkpoint, own_dtype
 from .scheduler import Scheduler
 from .sequence import Limits
 from .share import Share, deal
@@ -79,7 +79,7 @@ def build_replica(config: EngineConfig, *, secret: bytes | None = None, launcher
     path = resolve_model(config.model)
     spec = remembered_spec(open_checkpoint(path).config, max_len=config.max_model_len)
     resolved = config.model_copy(
-        update={"device": device.type, "dtype": _dtype(config, spec), "max_model_len": _max_model_len(config, spec)}
+        update={"device": device.type, "dtype": _dtype(config, spec, device), "max_model_len": _max_len(config, spec)}
     )
     grid = config.grid
     shares = deal(spec, grid, config.pp_layers)
@@ -241,14 +241,14 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device("cpu")
 
 
-def _dtype(config: EngineConfig, spec: ModelSpec) -> str:
-    name = config.dtype if config.dtype != "auto" else spec.dtype or "bfloat16"
+def _dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str:
+    name = config.dtype if config.dtype != "auto" else own_dtype(spec, device)
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r}: use --dtype with one of {', '.join(DTYPES)}")
     return name
 
 
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+def _max_len(config: EngineConfig, spec: ModelSpec) -> int:
     asked = config.max_model_len
     if asked is not None and asked > spec.max_len:
         raise ConfigError(f"--max-model-len {asked} is above the {spec.max_len} positions the model is made for")

@@ -21,7 +21,7 @@ from .models.spec import ModelSpec
 from .models.spec_cache import remembered_spec
 from .propose_model import DraftModel
 from .propose_ngram import NgramProposer
-from .rank import DTYPES, open_checkpoint
+from .rank import DTYPES, open_checkpoint, own_dtype
 from .runner import EagerRunner
 from .share import Share, deal
 from .speculation import NO_SPECULATION, Speculation
@@ -73,8 +73,8 @@ def plan_draft(config: EngineConfig, spec: ModelSpec) -> DraftPlan | None:
             f"--speculative-model {name} is made for {draft.max_len} positions, below the {max_model_len} of "
             f"--max-model-len: lower that, or use another model to guess"
         )
-    dtype = DTYPES[draft.dtype if draft.dtype in DTYPES else config.dtype]
     device = torch.device("cuda" if config.device == "cuda" and torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[own_dtype(draft, device) if draft.dtype in DTYPES else config.dtype]
     (share,) = deal(draft, Grid())
     weights = plan_weights(share, StoredIn(checkpoint, draft.names), device=device.type, dtype=dtype)
     return DraftPlan(

@@ -14,7 +14,9 @@ class EngineConfig(BaseModel):
 
     model: str = Field(description="A folder, a hub id already in the local cache, or a .gguf file.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of activations and unquantised weights; auto: the checkpoint's (bfloat16 for GGUF)."
+        "auto",
+        description="Of activations and unquantised weights; auto: the checkpoint's (bfloat16 for GGUF, "
+        "and on CPUs for float16).",
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: cuda where there is one, else cpu.")
     max_model_len: int | None = Field(

@@ -1,16 +1,20 @@
 """`LLM` as a program uses it: a tiny random model in a folder, with a byte tokenizer beside it."""
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from shoal.runtime import LLM, SamplingParams, StructuredOutputs
+from shoal.runtime.build import build_replica
+from shoal.runtime.config import EngineConfig
 from shoal.runtime.errors import ConfigError, ContextTooLong, InvalidRequest, MemoryPlanError
 from shoal.runtime.stats import Stats
 
@@ -50,6 +54,25 @@ def test_greedy_tokens_are_transformers(folder: Path, llm: LLM) -> None:
         assert out.prompt_token_ids == prompt
         assert out.outputs[0].token_ids == want[0, len(prompt) :].tolist()
         assert out.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "taken"),
+    [
+        ("float16", "auto", torch.bfloat16),
+        ("float16", "float16", torch.float16),
+        ("float32", "auto", torch.float32),
+    ],
+)
+def test_a_cpu_computes_float16_in_bfloat16_unless_told(
+    stored: str, asked: Literal["auto", "float16"], taken: torch.dtype, tmp_path: Path
+) -> None:
+    folder = tiny_model(tmp_path, max_len=32)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": stored}))
+    replica = build_replica(EngineConfig(model=str(folder), dtype=asked, device="cpu", kv_cache_memory_gb=0.01))
+    assert replica.dtype is taken
+    replica.engine.close()
 
 
 def test_a_seed_fixes_the_answer_alone_or_in_a_batch_whole_or_preempted(folder: Path, llm: LLM) -> None:
