@@ -226,6 +226,7 @@ def product(x_TD: Tensor | None, weight: CodedWeight, out_TF: Tensor, tile: Tile
     split = tile.splits > 1
     assert not split or programs <= weight.tickets.numel()
     residual_TD, deltas = around.stream or (None, ())
+    assert all(part.is_contiguous() for part in (residual_TD, *deltas) if part is not None)
     on = out_TF.device
     squares = tile.splits * programs * tile.rows if split and around.norm is not None else 0
     _product_kernel[(programs, tile.splits)](

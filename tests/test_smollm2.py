@@ -38,11 +38,11 @@ def test_float32_tokens_are_transformers_chunked_and_batched_or_not(folder: Path
             llm.text.encode_prompt("def fibonacci(n):\n    "),
             llm.text.encode_prompt("The three largest oceans of the world are"),
         ]
-        params = SamplingParams(temperature=0, max_tokens=64)
+        params = SamplingParams(temperature=0, max_tokens=40)
         outs = llm.generate(prompts, params)
     for prompt, out in zip(prompts, outs, strict=True):
         with torch.inference_mode():
-            want = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0, len(prompt) :]
+            want = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt) :]
         assert out.outputs[0].token_ids == want.tolist()
 
 
