@@ -23,6 +23,8 @@ from shoal.runtime.models.fuse import LayerParts, LayerWeights, Weights, select_
 from shoal.runtime.models.gpu_blocks import ByRows, gpu_fuse
 from shoal.runtime.models.spec import LayerSpec, MLPSpec
 
+from ..one_of_two import OneOfTwo
+
 BF16 = torch.bfloat16
 HIDDEN, HEADS, KV_HEADS, DIM, MLP = 64, 4, 2, 32, 96
 PAGE, PAGES = 16, 5
@@ -99,24 +101,6 @@ def make_step(query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> Step:
 
 
 Lens = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-class OneOfTwo:
-    """A shard's `Comm`; the other one has the same sums."""
-
-    size = 2
-
-    def __init__(self, shard: int) -> None:
-        self.shard = shard
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x.mul_(2)
-
-    def all_reduce_max(self, x: Tensor) -> Tensor:
-        return x
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack([x, x])
 
 
 DECODES, MIXED, LONG = ((1, 1, 1), (3, 16, 1)), ((1, 9), (5, 12)), ((1, 70), (20, 70))

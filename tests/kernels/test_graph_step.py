@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.kernels.ops import AttentionBatch, KVLayer, SamplingBatch
@@ -19,6 +18,7 @@ from shoal.runtime.loader import load_decoder
 from shoal.runtime.runner import EagerRunner
 from shoal.runtime.upload import select_upload
 
+from ..one_of_two import OneOfTwo
 from ..random_model import HEAD_DIM, KV_HEADS, RandomCheckpoint, random_spec
 
 PAGE, PAGES, MAX_LEN = 16, 4, 64
@@ -117,21 +117,6 @@ class Watch(TorchDispatchMode):
 REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "scalar_tensor", "equal", "_unique2"}
 
 
-class SecondOfTwo:
-    """A shard's `Comm`, of two that hold the same."""
-
-    shard, size = 1, 2
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x.mul_(2)
-
-    def all_reduce_max(self, x: Tensor) -> Tensor:
-        return x
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack([x, x])
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("max_top_k", [0, 40, 5000])
 def test_shards_draw_without_a_look_at_any_value(max_top_k: int) -> None:
@@ -151,7 +136,7 @@ def test_shards_draw_without_a_look_at_any_value(max_top_k: int) -> None:
         any_top_p=True,
         any_min_p=True,
     )
-    shard = vocab_ops(ops, vocab_size=vocab, comm=SecondOfTwo())
+    shard = vocab_ops(ops, vocab_size=vocab, comm=OneOfTwo(1))
     logits_RV = torch.randn(rows, vocab // 2)
     with watch:
         tokens_R = shard.sample(logits_RV, sampling)
