@@ -55,9 +55,9 @@ class NativeCpuOps(CpuOps):
         return self.native.swiglu(gate_up_T2F)
 
     def write_kv(self, k_TKE: Tensor, v_TKE: Tensor, cache: KVLayer, slots_T: Tensor) -> None:
-        rows_fit = all(x.stride()[1:] == (x.shape[2], 1) for x in (k_TKE, v_TKE)) and k_TKE.dtype is v_TKE.dtype
-        rows_fit = rows_fit and (cache.k_scale_NKB is None or k_TKE.shape[2] % 16 == 0)
-        if not (rows_fit and reads_cache(cache, k_TKE.dtype) and slots_T.dtype is torch.int64):
+        rows_fit = all(x.stride()[1:] == (x.shape[2], 1) and reads_cache(cache, x.dtype) for x in (k_TKE, v_TKE))
+        whole = cache.k_scale_NKB is None or k_TKE.shape[2] % 16 == 0  # vectors of numbers that become codes
+        if not (rows_fit and whole and slots_T.dtype is torch.int64):
             return super().write_kv(k_TKE, v_TKE, cache, slots_T)
         return self.native.write_kv(k_TKE, v_TKE, cache, slots_T.contiguous())
 

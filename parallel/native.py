@@ -18,6 +18,8 @@ class NativeInt4Linear:
     One kernel for any number of rows of x, and each of them gets the same sums in any company.
     """
 
+    bits = 4
+
     def __init__(self, native: Native, codes: Codes) -> None:
         """codes: 4 bits. Their scales become float16, as they are in most files."""
         self._native = native
@@ -35,6 +37,8 @@ class NativeInt4Linear:
 class NativeInt8Linear:
     """The same of 8 bits, scales and minima in float32. A group of codes is any multiple of its unit."""
 
+    bits = 8
+
     def __init__(self, native: Native, codes: Codes) -> None:
         self._native = native
         self.out_features, self.in_features = codes.codes_FD.shape
@@ -50,6 +54,8 @@ class NativeInt8Linear:
 
 class NativeDenseLinear:
     """The same of weights in bfloat16, in as much memory as they take."""
+
+    bits = 16
 
     def __init__(self, native: Native, weight_FD: Tensor) -> None:
         self._native = native

@@ -183,8 +183,9 @@ class CpuKernels:
         return over_codes(weight, self._int4 if weight.kind is Kind.INT4 else self._int8)
 
     def dense(self, weight_FD: Tensor) -> LinearMethod | None:
-        fits = self._native is not None and NativeDenseLinear.fits(weight_FD)
-        return NativeDenseLinear(self._native, weight_FD) if self._native is not None and fits else None
+        if self._native is None or not NativeDenseLinear.fits(weight_FD):
+            return None
+        return NativeDenseLinear(self._native, weight_FD)
 
     def head(self, weight: Quantised) -> NativeHead | None:
         if self._native is None or not isinstance(weight, Codes) or not NativeHead.fits(weight):

@@ -23,12 +23,7 @@ void decode(void* out, const void* q, const KvLayer& kv, const DecodeShape& shap
 // out [seqs, heads, dim], contiguous; q [seqs, heads, dim], a token `query_stride` numbers after the other. dim is a multiple
 // of 16. All of one type, but codes, which are for bfloat16.
 extern "C" void shoal_decode_bf16(void* out, const void* q, const shoal::KvLayer* kv, const shoal::DecodeShape* shape) {
-    using namespace shoal;
-    switch (kv->code) {
-        case kInt8: return decode<bf16, int8>(out, q, *kv, *shape);
-        case kFp8: return decode<bf16, fp8>(out, q, *kv, *shape);
-        default: return decode<bf16, bf16>(out, q, *kv, *shape);
-    }
+    shoal::with_stored(*kv, [&](auto stored) { shoal::decode<shoal::bf16, decltype(stored)>(out, q, *kv, *shape); });
 }
 extern "C" void shoal_decode_fp16(void* out, const void* q, const shoal::KvLayer* kv, const shoal::DecodeShape* shape) {
     shoal::decode<shoal::fp16, shoal::fp16>(out, q, *kv, *shape);

@@ -23,6 +23,16 @@ struct KvLayer {  // mirrored in kernels/native.py
 template <class Stored>
 constexpr bool kCoded = std::is_same_v<Stored, int8> || std::is_same_v<Stored, fp8>;
 
+// body(S{}) with the type of what is stored, beside activations in bfloat16.
+template <class Body>
+void with_stored(const KvLayer& kv, const Body& body) {
+    switch (kv.code) {
+        case kInt8: return body(int8{});
+        case kFp8: return body(fp8{});
+        default: return body(bf16{});
+    }
+}
+
 inline __m512 load(const int8* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from))); }
 
 // In float32's fields e4m3's exponent is too small by 120, and so is that of its subnormal numbers.

@@ -181,11 +181,8 @@ extern "C" void shoal_mlp(shoal::bf16* delta, float* residual, const shoal::MlpL
 // Rows of `shape`'s queries are those of qkv's output.
 extern "C" void shoal_attend(shoal::bf16* delta, float* residual, const shoal::KvLayer* kv, const shoal::AttendLayer* layer,
                              const shoal::DecodeRows* rows, const shoal::DecodeShape* shape) {
-    using namespace shoal;
     if (!shape->seqs) return;
-    switch (kv->code) {
-        case kInt8: return attend_half<int8>(delta, residual, *kv, *layer, *rows, *shape);
-        case kFp8: return attend_half<fp8>(delta, residual, *kv, *layer, *rows, *shape);
-        default: return attend_half<bf16>(delta, residual, *kv, *layer, *rows, *shape);
-    }
+    shoal::with_stored(*kv, [&](auto stored) {
+        shoal::attend_half<decltype(stored)>(delta, residual, *kv, *layer, *rows, *shape);
+    });
 }

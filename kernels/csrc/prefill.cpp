@@ -42,29 +42,29 @@ struct Packed {
     long size() const { return kLane * shape.dim / 2; }
     Pair* keys_at(long head, long part) const { return keys + (head * parts() + part) * size(); }
     Pair* values_at(long head, long part) const { return values + (head * parts() + part) * size(); }
-
-    const float* key_scales_at(long head, long part) const { return key_scales ? key_scales + scale(head, part) : nullptr; }
-    const float* value_scales_at(long head, long part) const { return value_scales ? value_scales + scale(head, part) : nullptr; }
-    long scale(long head, long part) const { return (head * parts() + part) * kLane; }
+    // Of one part, in `key_scales` or `value_scales`.
+    float* scales_at(float* scales, long head, long part) const { return scales ? scales + (head * parts() + part) * kLane : nullptr; }
 
     // Whatever a page's last owner left behind the sequence's end becomes zero: a NaN would get past any mask.
     template <class S>
     void pack(long head, long part) const {
         const S *k = (const S*)kv.k, *v = (const S*)kv.v;
         Pair *to_keys = keys_at(head, part), *to_values = values_at(head, part);
+        float* to_key_scales = scales_at(key_scales, head, part);
+        float* to_value_scales = scales_at(value_scales, head, part);
         std::memset(to_keys, 0, size() * sizeof(Pair));
         std::memset(to_values, 0, size() * sizeof(Pair));
         if constexpr (kCoded<S>) {
-            std::fill_n(key_scales + scale(head, part), kLane, 0.0f);
-            std::fill_n(value_scales + scale(head, part), kLane, 0.0f);
+            std::fill_n(to_key_scales, kLane, 0.0f);
+            std::fill_n(to_value_scales, kLane, 0.0f);
         }
         const long first = begin + part * kLane, count = std::min(kLane, shape.keys - first);
         for (long i = 0; i < count; i++) {
             const long key = first + i, page = shape.table[key / shape.page_size], offset = key % shape.page_size;
             const long token = (page * shape.kv_heads + head) * shape.page_size + offset, at = token * shape.dim;
             if constexpr (kCoded<S>) {
-                key_scales[scale(head, part) + i] = kv.k_scales[token];
-                value_scales[scale(head, part) + i] = kv.v_scales[token];
+                to_key_scales[i] = kv.k_scales[token];
+                to_value_scales[i] = kv.v_scales[token];
             }
             for (long pair = 0; pair < shape.dim / 2; pair++)
                 to_keys[pair * kLane + i] = {as_bf16(k[at + 2 * pair]), as_bf16(k[at + 2 * pair + 1])};
@@ -167,7 +167,9 @@ void attend_rows(bf16* out, const bf16* q, const Packed& packed, long head, long
     for (long key = low / kKeys * kKeys; key < end; key += kKeys) {
         const long part = (key - packed.begin) / kLane, count = (std::min(kKeys, end - key) + kLane - 1) / kLane * kLane;
         block.score(packed.keys_at(kv_head, part), count);
-        for (int r = 0; r < kRows; r++) block.weigh(r, key, count, packed.key_scales_at(kv_head, part), packed.value_scales_at(kv_head, part));
+        const float* key_scales = packed.scales_at(packed.key_scales, kv_head, part);
+        const float* value_scales = packed.scales_at(packed.value_scales, kv_head, part);
+        for (int r = 0; r < kRows; r++) block.weigh(r, key, count, key_scales, value_scales);
         block.sum_values(packed.values_at(kv_head, part), count);
     }
     for (long r = 0; r < rows; r++) {
@@ -206,11 +208,6 @@ void prefill(bf16* out, const bf16* q, const KvLayer& kv, const PrefillShape& sh
 // multiple of 32.
 extern "C" void shoal_prefill(shoal::bf16* out, const shoal::bf16* q, const shoal::KvLayer* kv,
                               const shoal::PrefillShape* shape) {
-    using namespace shoal;
     if (!shape->tokens) return;
-    switch (kv->code) {
-        case kInt8: return prefill<int8>(out, q, *kv, *shape);
-        case kFp8: return prefill<fp8>(out, q, *kv, *shape);
-        default: return prefill<bf16>(out, q, *kv, *shape);
-    }
+    shoal::with_stored(*kv, [&](auto stored) { shoal::prefill<decltype(stored)>(out, q, *kv, *shape); });
 }

@@ -19,9 +19,9 @@ from ...kernels.quant_tiles import DECODE_ROWS, FEW_ROWS
 from ...kernels.quantise import CodedRows, activate_and_quantise, norm_and_quantise
 from ...parallel.comm import Comm
 from ...parallel.gpu import CodedLinear
-from ...parallel.linear import row_linear, then
+from ...parallel.linear import Layer, row_linear, then
 from ...parallel.quant import DenseLinear, LinearMethod
-from .decoder import Attention, Block, SequentialBlock, Step
+from .decoder import Attention, Block, SequentialBlock, Step, X
 from .fuse import Fuse, LayerParts
 
 
@@ -61,6 +61,11 @@ class ByRows:
 Norms = tuple[NormWeight, NormWeight]
 
 
+def _attention(parts: LayerParts, ops: Ops, *, qkv: Callable[[X], Tensor], out: Layer) -> Attention[X]:
+    spec = parts.spec.attention
+    return Attention(spec, ops=ops, heads=parts.heads, head_dim=parts.head_dim, qkv=qkv, out=out)
+
+
 def _few_rows(norms: Norms, parts: LayerParts, *, ops: Ops, comm: Comm) -> Block | None:
     match [_weight(method) for method, _ in parts.weights]:
         case [CodedWeight() as qkv, CodedWeight() as out, CodedWeight() as up, CodedWeight() as down]:
@@ -70,11 +75,9 @@ def _few_rows(norms: Norms, parts: LayerParts, *, ops: Ops, comm: Comm) -> Block
     (_, qkv_bias), (_, out_bias), (_, up_bias), (_, down_bias) = parts.weights
     if comm.shard:  # of the ranks whose sums are added up, one adds a bias
         out_bias = down_bias = None
-    attention = Attention(
-        parts.spec.attention,
-        ops=ops,
-        heads=parts.heads,
-        head_dim=parts.head_dim,
+    attention = _attention(
+        parts,
+        ops,
         qkv=partial(normed_product, norm=norms[0], weight=qkv, bias_F=qkv_bias),
         out=then(partial(plain_product, weight=out, bias_F=out_bias), comm.all_reduce),
     )
@@ -120,13 +123,8 @@ def _coded_rows(norms: Norms, parts: LayerParts, *, ops: Ops, comm: Comm, dtype:
         case _:
             return None
     activate = partial(activate_and_quantise, activation=parts.spec.mlp.activation, coding=coding_of(down.weight))
-    attention = Attention(
-        parts.spec.attention,
-        ops=ops,
-        heads=parts.heads,
-        head_dim=parts.head_dim,
-        qkv=_product(qkv.weight, weights.qkv[1], dtype),
-        out=row_linear(*weights.out, comm=comm),
+    attention = _attention(
+        parts, ops, qkv=_product(qkv.weight, weights.qkv[1], dtype), out=row_linear(*weights.out, comm=comm)
     )
     gate_up = _product(up.weight, weights.up[1], dtype)
     down_product = _product(down.weight, weights.down[1] if comm.shard == 0 else None, dtype)

@@ -71,8 +71,7 @@ def _packed(weights: Weights) -> PackedWeight | None:
     method, bias = weights
     if bias is not None or not isinstance(method, NativeInt4Linear | NativeInt8Linear | NativeDenseLinear):
         return None
-    bits = {NativeInt4Linear: 4, NativeInt8Linear: 8}.get(type(method), 16)
-    return PackedWeight(method.packed, bits, method.out_features, method.in_features)
+    return PackedWeight(method.packed, method.bits, method.out_features, method.in_features)
 
 
 class _Planned(NamedTuple):
